@@ -1,0 +1,160 @@
+"""The table of tasks (tasks.yaml): LaMP's seven tasks as records, and templates with named fields."""
+
+from __future__ import annotations
+
+import re
+import string
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from oppu.records import InputError, Item
+
+METRICS = {"classification": ("accuracy", "f1"), "rating": ("MAE", "RMSE"), "generation": ("rouge-1", "rouge-L")}
+
+
+def fields_of(template: str) -> list[str]:
+    """The named fields of a template, in order; a positional or formatted field is refused."""
+    found = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
+    bad = [name for name, spec, conv in found if not name.isidentifier() or spec or conv]
+    if bad:
+        raise ValueError(f"template {template!r}: fields must be plain names, found {bad}")
+    return [name for name, _, _ in found]
+
+
+def render(template: str, fields: dict[str, str]) -> str:
+    """The template with its fields filled in; a missing and a surplus field are refused.
+
+    Values are inserted as they are: braces in a user's text are never read as fields.
+    """
+    wanted = set(fields_of(template))
+    if missing := wanted - set(fields):
+        raise ValueError(f"template {template!r} lacks a value for {sorted(missing)}")
+    if surplus := set(fields) - wanted:
+        raise ValueError(f"template {template!r} has no place for {sorted(surplus)}")
+    return template.format_map(fields)
+
+
+class Closed(BaseModel):
+    """A record in which an unknown key is an error and which nobody changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PersonalDefaults(Closed):
+    """The row of Table 4 for a task."""
+
+    rank: int
+    epochs: int
+    lr: float
+    weight_decay: float
+    batch_size: int
+
+
+class ProfileForm(Closed):
+    """How the extractive profile is written: its short form and the history fields it counts."""
+
+    form: str
+    most_common: str | None = None
+    words: list[str] = []
+
+
+class Task(Closed):
+    """One row of the table of tasks. See the head of tasks.yaml for each field."""
+
+    name: str
+    title: str
+    kind: Literal["classification", "rating", "generation"]
+    input: str
+    prompt: str
+    item: str
+    history: list[str]
+    x: dict[str, str] = {}
+    y: str | None = None
+    labels: list[str] | None
+    output_tokens: int
+    profile_prompt: str
+    profile: ProfileForm
+    personal: PersonalDefaults
+    retrieval_query: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Task:
+        problems = []
+        if surplus := set(fields_of(self.prompt)) - set(fields_of(self.input)):
+            problems.append(f"prompt uses {sorted(surplus)}, which input does not give")
+        if surplus := set(fields_of(self.item)) - set(self.history):
+            problems.append(f"item uses {sorted(surplus)}, which history does not list")
+        if self.y is not None and (set(self.x) != set(fields_of(self.prompt)) or self.y not in self.history):
+            problems.append("x must fill every field of prompt and y must be a history field")
+        if self.retrieval_query and (surplus := set(fields_of(self.retrieval_query)) - set(fields_of(self.input))):
+            problems.append(f"retrieval_query uses {sorted(surplus)}, which input does not give")
+        if problems:
+            raise ValueError(f"task {self.name}: " + "; ".join(problems))
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, str]:
+        """LaMP's names of the task's two metrics."""
+        return METRICS[self.kind]  # type: ignore[return-value]
+
+    @property
+    def pair(self) -> bool:
+        """Whether a history item is (x, y); otherwise it is plain text, learned as such (section 3)."""
+        return self.y is not None
+
+    @cached_property
+    def _reader(self) -> re.Pattern[str]:
+        pattern = ""
+        for literal, name, _, _ in string.Formatter().parse(self.input):
+            pattern += r"\s+".join(re.escape(word) for word in re.split(r"\s+", literal))
+            pattern += f"(?P<{name}>.*?)" if name else ""
+        return re.compile(r"\s*" + pattern + r"\s*", re.DOTALL)
+
+    def read(self, text: str) -> dict[str, str]:
+        """The named parts of a query's input text.
+
+        A separator that a user's own text repeats is read at its first place. Raises ValueError where the text
+        does not have the form of `input`.
+        """
+        match = self._reader.fullmatch(text)
+        if match is None:
+            raise ValueError(f"input does not have the form {self.input!r}")
+        return match.groupdict()
+
+    def query_fields(self, text: str) -> dict[str, str]:
+        """The parts of a query's input that the prompt uses."""
+        parts = self.read(text)
+        return {name: parts[name] for name in fields_of(self.prompt)}
+
+    def item_fields(self, item: Item) -> dict[str, str]:
+        """A pair's x, by the names of the prompt's fields."""
+        return {name: item.fields[source] for name, source in self.x.items()}
+
+    def item_text(self, item: Item) -> str:
+        """A history item as it stands in a prompt and as a BM25 document."""
+        return render(self.item, {name: item.fields[name] for name in fields_of(self.item)})
+
+    @property
+    def plain_label(self) -> str:
+        """What a plain item is introduced by, e.g. `tweet:`."""
+        return self.item[: self.item.index("{")].rstrip()
+
+
+@lru_cache
+def tasks(path: str | None = None) -> dict[str, Task]:
+    """All records of the table, by name."""
+    file = Path(path) if path else Path(__file__).with_name("tasks.yaml")
+    rows = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {name: Task(name=name, **row) for name, row in rows.items()}
+
+
+def task(name: str) -> Task:
+    """One record; an unknown name is refused with the names there are."""
+    try:
+        return tasks()[name]
+    except KeyError:
+        raise InputError([f"no task {name!r} in oppu/tasks.yaml; there are {', '.join(tasks())}"]) from None
