@@ -1,0 +1,27 @@
+def raw_files(w):
+    "LaMP's files of a task, as they are: compressed or not, train and dev."
+    names = [f"{part}_{kind}.json{end}" for part in ("train", "dev") for kind in ("questions", "outputs") for end in ("", ".gz")]
+    found = [path for path in (f"{CONFIG.data}/{w.task}/{name}" for name in names) if os.path.exists(path)]
+    return found or [f"{CONFIG.data}/{w.task}/dev_questions.json"]
+
+
+# Also writes histories/{user}.json and base.jsonl, each only when its bytes differ, so that their mtimes tell which
+# users changed. They are not declared: Snakemake would delete them first, and nothing could be compared.
+checkpoint split:
+    input:
+        raw_files,
+    output:
+        users=SPLIT + "/users.json",
+        queries=SPLIT + "/queries.parquet",
+    params:
+        settings=as_json(CONFIG.split.model_dump()),
+        version=recipe.VERSIONS["split"],
+        mended=lambda w: mended(SPLIT.format(**w) + "/users.json"),
+        data=CONFIG.data,
+    log:
+        LOGS + "/{task}/split.log",
+    conda:
+        "../../envs/oppu.yaml"
+    shell:
+        "oppu split {params.data:q} {wildcards.task:q} {output.users:q} --settings {params.settings:q}"
+        " --mended {params.mended:q} > {log:q} 2>&1"
