@@ -143,15 +143,15 @@ def references(
 @app.command()
 def tables(
     folder: Annotated[Path, typer.Argument(help="results folder")],
-    tasks: Annotated[list[str], typer.Option(help="tasks")],
-    settings: Annotated[list[str], typer.Option(help="augmentation/peft/history")],
+    tasks: Annotated[str, typer.Option(help="tasks, with spaces between them")],
+    settings: Annotated[str, typer.Option(help="augmentation/peft/history, with spaces between them")],
     bootstrap: Annotated[int, typer.Option(help="resamples of users behind each interval")] = 2000,
     seed: Annotated[int, typer.Option(help="seed of the resampling")] = 0,
 ) -> None:
     """Write tables/ and figures/ from all scored settings."""
     from oppu import results
 
-    results.tables(folder, tasks, settings, bootstrap, seed)
+    results.tables_of(folder, tasks.split(), settings.split(), bootstrap, seed)
 
 
 @app.command()
@@ -197,6 +197,24 @@ def tiny_lm(
     from oppu.tiny_lm import train_tiny_lm
 
     train_tiny_lm(corpus, data, out, steps=steps, seed=seed)
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Argument(help="tune.csv")],
+    histories: Histories,
+    recipe: Recipe,
+    base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
+    base_users: BaseUsers,
+    queries: Annotated[Path, typer.Option(help="queries.parquet")],
+    lr: Annotated[str, typer.Option(help="learning rates, with spaces between them")],
+    epochs: Annotated[str, typer.Option(help="epochs, with spaces between them")],
+) -> None:
+    """Score personal learning rates and epochs on held-out base users."""
+    from oppu import tune as tuning
+
+    rates, counts = [float(x) for x in lr.split()], [int(x) for x in epochs.split()]
+    tuning.run(out, recipe, base, base_users, queries, histories, rates, counts)
 
 
 @app.command()

@@ -58,8 +58,8 @@ rule tables:
         bootstrap=CONFIG.bootstrap,
         seed=CONFIG.seed,
         results=RESULTS,
-        tasks=TASKS,
-        settings=SETTINGS,
+        tasks=" ".join(TASKS),
+        settings=" ".join(SETTINGS),
     log:
         LOGS + "/tables.log",
     conda:
@@ -67,3 +67,32 @@ rule tables:
     shell:
         "oppu tables {params.results:q} --tasks {params.tasks:q} --settings {params.settings:q}"
         " --bootstrap {params.bootstrap:q} --seed {params.seed:q} > {log:q} 2>&1"
+
+
+# Hyperparameters are chosen on held-out base users: snakemake --cores all --configfile config/tune.yaml -- tune
+rule tune_setting:
+    input:
+        histories=lambda w: histories(w.task, users(w.task)),
+        queries=SPLIT + "/queries.parquet",
+        base=BASE + "/base.json",
+        base_users=base_users,
+        recipe=TASK + "/{augmentation}/lora/full/recipe.json",
+    output:
+        TASK + "/{augmentation}/tune.csv",
+    params:
+        lr=" ".join(map(str, CONFIG.tune.lr)),
+        epochs=" ".join(map(str, CONFIG.tune.epochs)),
+    log:
+        LOGS + "/{task}/{augmentation}/tune.log",
+    resources:
+        mem_mb=4000,
+    conda:
+        "../../envs/oppu.yaml"
+    shell:
+        "oppu tune {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {input.base_users:q}"
+        " --queries {input.queries:q} --lr {params.lr:q} --epochs {params.epochs:q} {input.histories:q} > {log:q} 2>&1"
+
+
+rule tune:
+    input:
+        expand(TASK + "/{augmentation}/tune.csv", task=TASKS, augmentation=CONFIG.augmentations),
