@@ -5,7 +5,10 @@
 #   snakemake --cores all results/LaMP_2N/k0/lora/full/users/u-…/predictions.jsonl        one cell and what it needs
 
 
-configfile: "config/config.yaml"
+# A config file given by --configfile is a whole experiment: nothing of the default shines through it.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"

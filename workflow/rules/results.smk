@@ -69,7 +69,7 @@ rule tables:
         " --bootstrap {params.bootstrap:q} --seed {params.seed:q} > {log:q} 2>&1"
 
 
-# Hyperparameters are chosen on held-out base users: snakemake --cores all --configfile config/tune.yaml -- tune
+# Hyperparameters are chosen on held-out base users: snakemake --cores all --configfile config/config.yaml config/tune.yaml -- tune
 rule tune_setting:
     input:
         histories=lambda w: histories(w.task, users(w.task)),
