@@ -73,7 +73,9 @@ class _Postings:
     def __init__(self, documents: Sequence[str]) -> None:
         texts = [document.split(" ") for document in documents]
         self.number: dict[str, int] = {}
-        words, tally, bounds = [], [], [0]
+        words: list[int] = []
+        tally: list[int] = []
+        bounds = [0]
         for text in texts:
             counts: dict[int, int] = {}
             for token in text:
