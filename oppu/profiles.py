@@ -19,7 +19,8 @@ OFTEN = 0.3
 WORDS = 8
 
 # Light on purpose: scikit-learn's list costs a second of imports where profiles are needed to compute keys.
-_STOP_WORDS = """a about above after again all also always am among an and another any are as at back be because been before
+_STOP_WORDS = """
+a about above after again all also always am among an and another any are as at back be because been before
 being below between both but by can cannot could did do does doing don't down during each else ever every few for
 from further get gets getting give given got had has have having he her here hers herself him himself his how i if
 in into is isn't it it's its itself just let let's like made make makes many may me might more most much must my
