@@ -85,7 +85,7 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     from accelerate import Accelerator  # torch: seconds, so only when something is stale
 
     from oppu.bank import LoraBank, save_adapter
-    from oppu.cohort import context_of
+    from oppu.cohort import context_of, progress_log
     from oppu.models import load_base, load_tokenizer
     from oppu.training import plan, train
 
@@ -101,9 +101,11 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     bank = LoraBank(model, lora, 1, seed_of(*name, "base", "initial parameters"))
     steps = plan(len(examples), lora.epochs, lora.batch_size, seed_text(*name, "base", "data order"))
     log.info("%s: %d examples of %d base users, %d steps", folder, len(examples), len(users), len(steps))
-    (error,) = train(model, bank, [examples], [steps], lora, accelerator)
-    if error is not None:
-        raise InputError([f"{folder}: base training failed: {error}"])
+    seeds = [seed_of(*name, "base", "dropout")]
+    progress = progress_log(f"base {recipe['task']['name']}/{recipe['augmentation']}")
+    (trained,) = train(model, bank, [examples], [steps], lora, accelerator, progress=progress, seeds=seeds)
+    if trained.error is not None:
+        raise InputError([f"{folder}: base training failed: {trained.error}"])
     with new_folder(folder / "adapter") as new:
         save_adapter(new, bank, 0, model_id["path"])
     return {

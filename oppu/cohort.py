@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +45,22 @@ def context_of(recipe: dict[str, Any], tokenizer: Any, pool: Sequence[Item] | No
 def base_name(manifest: dict[str, Any]) -> str:
     """What a personal adapter calls its base: the merged base it belongs to, never the raw one."""
     return f"oppu-base-{base_digest(manifest)[:16]}"
+
+
+def progress_log(what: str, seconds: float = 30.0) -> Callable[[int, int, int], None]:
+    """A progress callback that logs a line every so often: steps done, tokens per second, time left."""
+    start = last = time.monotonic()
+
+    def tell(done: int, total: int, tokens: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds and done < total:
+            return
+        last, spent = now, max(now - start, 1e-9)
+        left = spent / done * (total - done) if done else math.inf
+        log.info("%s: %d of %d steps, %.0f tokens/s, %.0f s left", what, done, total, tokens / spent, left)
+
+    return tell
 
 
 class Cohort:
@@ -108,16 +126,20 @@ class Cohort:
             if not count:
                 finished(key)
         rows = {row: key for key, row in self.row.items()}
-        errors = train(
+        name = self.context.task.name
+        seeds = [seed_of(self.recipe["seed"], name, key, *self._setting, "dropout") for key in self.users]
+        trained = train(
             self.model,
             self.bank,
             examples,
             plans,
             self.lora,
             self.accelerator,
+            progress=progress_log(self.context.task.name),
+            seeds=seeds,
             finished=lambda row: finished(rows[row]),
         )
-        return failed | {key: str(errors[row]) for key, row in self.row.items() if errors[row] is not None}
+        return failed | {key: str(trained[row].error) for key, row in self.row.items() if trained[row].error}
 
     def predict(self, keys: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
         """Answers to all queries of these users, in one pass; and why each failed user failed."""

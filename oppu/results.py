@@ -48,7 +48,9 @@ def references(out: Path, task: str, base_users: Path, histories: Sequence[Path]
 def tables_of(folder: Path, tasks: Sequence[str], settings: Sequence[str], bootstrap: int, seed: int) -> None:
     """Write tables/ and figures/ of a results folder from its scored settings and references."""
     scored = [
-        tables.Setting(task_record(task), *setting.split("/"), pl.read_parquet(folder / task / setting / "scored.parquet"))
+        tables.Setting(
+            task_record(task), *setting.split("/"), pl.read_parquet(folder / task / setting / "scored.parquet")
+        )
         for task in tasks
         for setting in settings
     ]

@@ -1,4 +1,4 @@
-"""Seeds: every random draw comes from (run seed, task, user key, purpose), so a user's result depends on nobody else."""
+"""Seeds: each random draw comes from (run seed, task, user key, purpose): a user's result depends on nobody else."""
 
 from __future__ import annotations
 

@@ -197,11 +197,11 @@ def _asked(user: User, task: Task, last: int, counts: Counter[str]) -> User:
     return replace(user, history=user.history[:-last], queries=tuple(queries))
 
 
-def write(result: SplitResult, task: Task, out: Path) -> None:
+def write(result: SplitResult, task: Task, out: Path, mended: str = "") -> None:
     """Write `users.json` (`out`) last, and beside it histories/{key}.json, base.jsonl and queries.parquet.
 
     All content is made before the first byte is written. Files that would not change keep their mtime; histories of
-    users who are no longer tested are removed.
+    users who are no longer tested are removed. `mended` is kept in users.json for the workflow.
     """
     rows = [(user.key, q.id, q.input, q.gold) for user in result.test for q in user.queries]
     keys = [user.key for user in result.test]
@@ -220,7 +220,8 @@ def write(result: SplitResult, task: Task, out: Path) -> None:
             stale.unlink()
     write_if_changed(out.parent / "base.jsonl", base)
     write_if_changed(out.parent / "queries.parquet", queries.getvalue())
-    write_if_changed(out, _json(summary | {"counts": result.counts}, indent=1))
+    files = ["base.jsonl", "queries.parquet", *(f"histories/{name}" for name in sorted(histories))]
+    write_if_changed(out, _json(summary | {"counts": result.counts, "files": files, "mended": mended}, indent=1))
 
 
 def _json(value: object, indent: int | None = None) -> bytes:
@@ -247,13 +248,13 @@ def read_queries(path: Path) -> pl.DataFrame:
     return pl.read_parquet(path)
 
 
-def run(data: Path, task: str, settings: Split, out: Path) -> None:
+def run(data: Path, task: str, settings: Split, out: Path, mended: str = "") -> None:
     """Read LaMP's files of a task, split them, write the files of the split, and log the counts."""
     record = task_named(task)
     questions, counts = lamp.read_counted(data, record)
     result = split(questions, record, settings)
     result = replace(result, counts=dict(sorted((counts | result.counts).items())))
-    write(result, record, out)
+    write(result, record, out, mended)
     if not result.base:
         log.warning("%s: all users are test users; nobody is left to train the base", task)
     shown = "".join(f", {name} {n}" for name, n in result.counts.items())

@@ -85,7 +85,12 @@ class Project:
     def run(self, *arguments: str, ok: bool = True) -> str:
         """Run Snakemake; its output. Fails the test when the exit code is not what `ok` says."""
         done = subprocess.run(
-            self.command(*arguments), cwd=self.folder, env=self.environment(), capture_output=True, text=True, check=False
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         text = done.stdout + done.stderr
         assert (done.returncode == 0) is ok, f"exit code {done.returncode}\n{text}\n{self.logs()}"
