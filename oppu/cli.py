@@ -218,11 +218,15 @@ def tune(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    readme: Annotated[bool, typer.Option("--readme", help="print config/README.md instead")] = False,
+) -> None:
     """Print the JSON schema of the configuration (workflow/schemas/config.schema.json)."""
-    from oppu.config import schema as config_schema
+    from oppu import config
 
-    typer.echo(json.dumps(config_schema(), indent=1, ensure_ascii=False))
+    typer.echo(
+        config.describe() if readme else json.dumps(config.schema(), indent=1, ensure_ascii=False) + "\n", nl=False
+    )
 
 
 def main() -> None:
