@@ -192,6 +192,11 @@ def read_csv(path: Path) -> pl.DataFrame:
     return pl.read_csv(path, schema=schema) if schema else pl.read_csv(path, infer_schema=False)
 
 
+def augmentation_order(table: pl.DataFrame) -> list[str]:
+    """The augmentations of a table, as Table 1 orders them: by k, `random` behind those, profiles last."""
+    return sorted(set(table["augmentation"]), key=lambda a: (a.startswith("profile"), a == "random", len(a), a))
+
+
 def _board(group: list[Setting], references: Mapping[str, Mapping[tuple[str, str], str]], how: Bootstrap) -> Board:
     task, queries = group[0].task, group[0].scored.select("user", "id", "gold")
     settings = {(s.augmentation, s.peft, s.history): user_sums(task, s.scored) for s in group}
