@@ -10,7 +10,7 @@ import polars as pl
 from oppu import scores, tables
 from oppu.cells import read_predictions
 from oppu.files import read_json, write_bytes, write_json
-from oppu.plots import table1_figure
+from oppu.plots import table1_figure, write_figure
 from oppu.records import InputError
 from oppu.references import references as predict_references
 from oppu.split import read_base, read_queries, read_user, read_users
@@ -57,9 +57,10 @@ def tables_of(folder: Path, tasks: Sequence[str], settings: Sequence[str], boots
     lines = {task: _flat(read_json(folder / task / "references.json")) for task in tasks}
     mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
     tables.write_tables(folder / "tables", scored, lines, mixed, tables.Bootstrap(bootstrap, seed))
-    read = {name: tables.read_csv(folder / "tables" / f"{name}.csv") for name in ("scores", "references", "versus")}
-    write_bytes(folder / "tables" / "results.txt", terminal_table(**read).encode(), mode=0o644)
-    table1_figure(read["scores"], read["references"], folder / "figures" / "table1.svg")
+    paths = [folder / "tables" / f"{name}.csv" for name in ("scores", "references", "versus")]
+    write_bytes(folder / "tables" / "results.txt", terminal_table(*paths).encode(), mode=0o644)
+    figure = table1_figure(tables.read_csv(paths[0]), tables.read_csv(paths[1]))
+    write_figure(folder / "figures" / "table1.svg", figure)
 
 
 def _test_users(folder: Path) -> list:
