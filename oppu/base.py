@@ -34,7 +34,7 @@ def model_files(path: str, revision: str | None) -> dict[str, str]:
     return {file.name: file_digest(file) for file in files}
 
 
-def run(out: Path, recipe: Path, base_users: Path, mended: str = "") -> None:
+def run(out: Path, recipe: Path, base_users: Path, mended: str = "-") -> None:
     """Bring a base up to date, then write `out`, a copy of its manifest; the command of rule `base`.
 
     Beside `out`: `adapter/`, the task LoRA as a PEFT folder, and `manifest.json`. Neither is declared to Snakemake,

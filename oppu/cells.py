@@ -118,7 +118,7 @@ def held(folder: Path, users: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def run(stamp: Path, recipe: Path, base: Path, histories: Sequence[Path], base_users: Path, mended: str = "") -> None:
+def run(stamp: Path, recipe: Path, base: Path, histories: Sequence[Path], base_users: Path, mended: str = "-") -> None:
     """Bring the cells of these users up to date, then write the stamp; the command of rule `cells`.
 
     Raises InputError at the end when users failed; the others' cells are kept, and there is no stamp.

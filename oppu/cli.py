@@ -65,7 +65,7 @@ def split(
     task: Annotated[str, typer.Argument(help="name of the task")],
     out: Annotated[Path, typer.Argument(help="users.json; histories/, base.jsonl and queries.parquet stand beside it")],
     settings: Annotated[str, typer.Option(help="the `split` part of the config, as JSON")] = "{}",
-    mended: Mended = "",
+    mended: Mended = "-",
 ) -> None:
     """Decide who is a test user and who trains the base (section 4 of the paper)."""
     from oppu import split as splitting
@@ -89,7 +89,7 @@ def base(
     out: Annotated[Path, typer.Argument(help="base.json; adapter/ and manifest.json stand beside it")],
     recipe: Recipe,
     base_users: BaseUsers,
-    mended: Mended = "",
+    mended: Mended = "-",
 ) -> None:
     """Adapt the model to a task on base users, unless that was done already (section 2.2)."""
     from oppu import base as bases
@@ -104,7 +104,7 @@ def cells(
     recipe: Recipe,
     base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
     base_users: BaseUsers,
-    mended: Mended = "",
+    mended: Mended = "-",
 ) -> None:
     """Train and predict those of these users whose cells are not fresh, together (section 3)."""
     from oppu import cells as cohort_of_cells

@@ -197,7 +197,7 @@ def _asked(user: User, task: Task, last: int, counts: Counter[str]) -> User:
     return replace(user, history=user.history[:-last], queries=tuple(queries))
 
 
-def write(result: SplitResult, task: Task, out: Path, mended: str = "") -> None:
+def write(result: SplitResult, task: Task, out: Path, mended: str = "-") -> None:
     """Write `users.json` (`out`) last, and beside it histories/{key}.json, base.jsonl and queries.parquet.
 
     All content is made before the first byte is written. Files that would not change keep their mtime; histories of
@@ -248,7 +248,7 @@ def read_queries(path: Path) -> pl.DataFrame:
     return pl.read_parquet(path)
 
 
-def run(data: Path, task: str, settings: Split, out: Path, mended: str = "") -> None:
+def run(data: Path, task: str, settings: Split, out: Path, mended: str = "-") -> None:
     """Read LaMP's files of a task, split them, write the files of the split, and log the counts."""
     record = task_named(task)
     questions, counts = lamp.read_counted(data, record)

@@ -56,13 +56,15 @@ def train(
     progress: Progress | None = None,
     seeds: Sequence[int] | None = None,
     width: int = WIDTH,
+    finished: Callable[[int], None] | None = None,
 ) -> list[Trained]:
     """Train user u's adapter on `examples[u]` by `plans[u]`, for all users of the bank.
 
     Each user has an AdamW, a linear schedule with warm-up and a gradient clip of its own, and a step's loss is the
     mean over that user's target tokens of the step. So a user's result depends on nobody else, up to rounding.
     A user whose loss or gradient is not finite ends with an error and the others go on; a user without a plan keeps
-    the initial adapter. `seeds` (one per user) key dropout, and are needed only with it.
+    the initial adapter. `seeds` (one per user) key dropout, and are needed only with it. `finished` is told each user
+    right after that user's last step, so that an adapter can be kept while the others go on.
     """
     if lora.lr is None or lora.weight_decay is None:
         raise ValueError("train: lora.lr or lora.weight_decay is unset; take them from Config.lora(task)")
@@ -118,6 +120,8 @@ def train(
             if user in errors or done[user] == len(plans[user]):
                 todo.remove(user)
                 optimisers[user].state.clear()
+                if finished is not None and user not in errors:
+                    finished(user)
             tokens += sum(map(len, chunk.examples))
         if progress is not None:
             progress(sum(done), total, tokens)

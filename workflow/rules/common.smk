@@ -70,10 +70,10 @@ def mended(stamp):
         with open(stamp) as f:
             record = json.load(f)
     except (FileNotFoundError, ValueError):
-        return ""
+        return "-"
     folder = os.path.dirname(stamp)
     gone = sorted(name for name in record["files"] if not os.path.exists(os.path.join(folder, name)))
-    before = record.get("mended", "")
+    before = record.get("mended", "-")
     return hashlib.sha256(json.dumps([before, gone]).encode()).hexdigest()[:16] if gone else before
 
 
