@@ -103,10 +103,10 @@ def test_an_item_without_id_gets_one_from_its_content(tmp_path):
 
 
 def test_partial_dates_sort_by_their_earliest_day_with_list_order_as_tie_break(tmp_path):
-    dates = ["2016-05", "2017", "2016-05-01", "2016", "2015-12-31", "2016-01-01"]
+    dates = ["2016-05-01", "2017", "2016-05", "2016", "2015-12-31", "2016-01-01"]
     found = one(tmp_path, *(item(NEWS, n, id=str(n), date=date) for n, date in enumerate(dates)))
     assert [i.id for i in found.history] == ["4", "3", "5", "0", "2", "1"]
-    assert [i.date for i in found.history] == ["2015-12-31", "2016", "2016-01-01", "2016-05", "2016-05-01", "2017"]
+    assert [i.date for i in found.history] == ["2015-12-31", "2016", "2016-01-01", "2016-05-01", "2016-05", "2017"]
 
 
 def test_a_history_with_an_undated_item_keeps_list_order_and_is_reported_once_per_file(tmp_path, caplog):
@@ -118,7 +118,7 @@ def test_a_history_with_an_undated_item_keeps_list_order_and_is_reported_once_pe
     assert [r.getMessage() for r in caplog.records] == ["LaMP_2N/dev_questions.json: histories_in_list_order 3"]
 
 
-day = st.dates().map(str)
+day = st.sampled_from([f"{y}-{m}-{d}" for y in (2015, 2016) for m in ("01", "05") for d in ("01", "29")])
 
 
 @given(st.lists(st.one_of(day, day.map(lambda d: d[:7]), day.map(lambda d: d[:4])), max_size=30))
