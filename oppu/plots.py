@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = {"none": ("#5b6770", "s", "base model alone"), "lora": ("#c2410c", "o", "personal LoRA (OPPU)")}
+LINE: Any = {"color": "#8a94a0", "lw": 0.9, "ls": (0, (5, 3))}
 STYLE: Any = {
     "svg.hashsalt": "oppu",
-    "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
@@ -33,13 +33,14 @@ def table1_figure(scores: pl.DataFrame, references: pl.DataFrame) -> Figure:
     what answers without any model reach as dashed lines (Table 1, full history)."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     full = scores.filter((pl.col("history") == "full") & pl.col("peft").is_in(list(KINDS)))
     found = [task for name, task in tasks().items() if name in set(full["task"])]
     across = min(len(found), 2)
     down = -(-len(found) // across)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4 * across, 3.3 * down + 0.7), layout="constrained")
+        figure = Figure(figsize=(6.8 * across, 3.4 * down + 0.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
         panels = figure.subplots(down, across, squeeze=False).ravel()
         for task, axes in zip(found, panels, strict=False):
             metric = columns(task)[0]
@@ -48,8 +49,7 @@ def table1_figure(scores: pl.DataFrame, references: pl.DataFrame) -> Figure:
             )
         for axes in panels[len(found) :]:
             axes.remove()
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False)
+        _legend(figure, panels[0])
     return figure
 
 
@@ -75,6 +75,16 @@ def spread(wanted: list[float], gap: float, low: float, high: float) -> list[flo
     return [places[order.index(i)] for i in range(len(wanted))]
 
 
+def _legend(figure: Figure, panel: Axes) -> None:
+    from matplotlib.lines import Line2D
+
+    handles, labels = panel.get_legend_handles_labels()
+    handles.append(Line2D([], [], **LINE))
+    labels.append("without a model")
+    title = "bars: 95 % interval, bootstrap over users"
+    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=len(handles), frameon=False)
+
+
 def _panel(axes: Axes, task: Task, rows: pl.DataFrame, lines: pl.DataFrame) -> None:
     order = augmentation_order(rows)
     for shift, (kind, (colour, marker, label)) in zip((-0.13, 0.13), KINDS.items(), strict=True):
@@ -84,7 +94,7 @@ def _panel(axes: Axes, task: Task, rows: pl.DataFrame, lines: pl.DataFrame) -> N
         error = [[v - lo for v, lo in zip(value, low, strict=True)], [h - v for v, h in zip(value, high, strict=True)]]
         places = [i + shift for i in at]
         axes.errorbar(places, value, error, fmt=marker, color=colour, label=label, capsize=3, ms=6, lw=1.4, zorder=3)
-    axes.set_xticks(range(len(order)), order)
+    axes.set_xticks(range(len(order)), [name.replace("-", "\n") for name in order])
     axes.set_xlim(-0.5, len(order) - 0.5)
     _limits(axes, rows, lines)
     metric = columns(task)[0]
@@ -103,14 +113,14 @@ def _limits(axes: Axes, rows: pl.DataFrame, lines: pl.DataFrame) -> None:
 def _reference_lines(axes: Axes, lines: pl.DataFrame) -> None:
     """Dashed lines, each named at the right margin; names that would overlap are moved apart and led to their line."""
     low, high = axes.get_ylim()
-    values, right = lines["value"].to_list(), axes.get_xlim()[1]
+    values, (left, right) = lines["value"].to_list(), axes.get_xlim()
     places = spread(values, 0.065 * (high - low), low + 0.02 * (high - low), high - 0.02 * (high - low))
     for name, value, place in zip(lines["reference"], values, places, strict=True):
-        axes.axhline(value, color="#8a94a0", lw=0.9, ls=(0, (5, 3)), zorder=1)
+        axes.axhline(value, zorder=1, **LINE)
         axes.annotate(
             name.replace("-", " "),
             (right, value),
-            (right + 0.18, place),
+            (right + 0.025 * (right - left), place),
             fontsize=7.5,
             color="#3f4852",
             va="center",

@@ -2,7 +2,8 @@
 
 Users, not queries, are drawn with replacement: the queries of one user resemble each other. Every setting of a task is
 computed on the same draws, so a difference is paired. The intervals cover the choice of users, not that of the
-training seed. The paper names no test behind its stars; this one is ours.
+training seed. Those of macro F1 lean low: a resample may miss the only user of a rare label. No correction is made for
+the number of comparisons. The paper names no test behind its stars; this one is ours.
 """
 
 from __future__ import annotations

@@ -17,15 +17,19 @@ from oppu.tasks import Task, tasks
 FIRST, WIDE, WIDTH = 12, 28, 100
 
 NOTE = (
-    "[ ]: 95 % interval, bootstrap over users (who is in the sample; not the training seed). *: the interval of the"
-    " difference excludes 0; without a star these users do not settle it, which is not the same as no difference."
-    " Mixed users: the commonest label is at most 80 % of their history; for the others a constant answer is hard to"
-    " beat. A minus sign is better for mae and rmse."
+    "[ ]: 95 % interval, bootstrap over users; it covers who is in the sample, not the training seed. A difference is"
+    " paired over users and marked where its interval excludes 0: * better, 'worse' worse. Unmarked means that these"
+    " users do not settle it, not that there is no difference; of comparisons without any difference one in twenty is"
+    " marked by chance. 'lora minus' takes the reference that is strongest on these very queries. Mixed users: their"
+    " commonest label is at most 80 % of their history; for the others a constant answer is hard to beat."
 )
 
 
 def terminal_table(scores: Path, references: Path, versus: Path) -> str:
-    """What the three files say about the full history, per task and metric; every line at most 100 characters."""
+    """What the three files say about the full history, per task and metric; every line at most 100 characters.
+
+    References are compared on the first metric only; versus.csv has both.
+    """
     tables = [read_csv(path) for path in (scores, references, versus)]
     full, lines, against = tables[0].filter(history="full"), tables[1], tables[2]
     blocks = []
@@ -50,7 +54,8 @@ def _block(task: Task, metric: str, full: pl.DataFrame, lines: pl.DataFrame, ver
     if len(lines):
         named = ", ".join(f"{r['reference']} {number(r['value'])}" for r in lines.iter_rows(named=True))
         text += textwrap.wrap(f"without a model: {named}", WIDTH, initial_indent="  ", subsequent_indent="    ")
-    text += _versus(metric, lines, versus.filter(peft="lora"))
+    if metric == columns(task)[0]:
+        text += _versus(metric, lines, versus.filter(peft="lora"))
     return text
 
 
@@ -107,8 +112,8 @@ def _cell(row: dict[str, Any] | None, write: Callable[[float], str], value: str,
 
 
 def _difference(row: dict[str, Any] | None) -> str:
-    """A paired difference; starred where its interval excludes 0 and at least six users stand behind it."""
+    """A paired difference, marked where its interval excludes 0 and at least six users stand behind it."""
     text = _cell(row, _signed, "diff", "diff_low", "diff_high")
-    if row is None or row["diff"] is None:
+    if row is None or row["diff"] is None or row["n_users"] < 6 or row["diff_low"] <= 0 <= row["diff_high"]:
         return text
-    return text + (" *" if row["n_users"] >= 6 and (row["diff_low"] > 0 or row["diff_high"] < 0) else "")
+    return text + (" *" if (row["diff"] < 0) == (better(row["metric"]) == "lower") else " worse")

@@ -1,9 +1,12 @@
 import csv
+import gzip
+import json
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
+from synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 
 from oppu import table1 as t1
 from oppu.metrics import columns
@@ -23,32 +26,6 @@ from oppu.tables import (
 from oppu.tasks import task, tasks
 
 PAPER = Path(__file__).parents[1] / "data" / "paper"
-HOW = Bootstrap(resamples=200, seed=0)
-NEWS, RATING, TITLES = task("LaMP_2N"), task("LaMP_3"), task("LaMP_5")
-
-
-def answers(of, users, right, seed):
-    """Queries of users, and an answer to each that is right with the given chance."""
-    rng = np.random.default_rng(seed)
-    pool = of.labels or ["a study of parsing", "tagging for everyone", "on words", "a corpus of verbs"]
-    keys = [(f"u-{u:02}", f"{u}-{q}") for u in range(users) for q in range(5)]
-    golds = [pool[i] for i in np.random.default_rng(99).integers(len(pool), size=len(keys))]
-    given = {k: g if rng.random() < right else pool[0] for k, g in zip(keys, golds, strict=True)}
-    queries = pl.DataFrame({"user": [k[0] for k in keys], "id": [k[1] for k in keys], "gold": golds})
-    return queries, given
-
-
-def setting(of, augmentation, peft, right, seed=0, history="full", users=20):
-    queries, given = answers(of, users, right, seed)
-    return Setting(of, augmentation, peft, history, score_texts(of, queries, given).scored)
-
-
-def both(of, augmentation="k0"):
-    return [setting(of, augmentation, "none", 0.4), setting(of, augmentation, "lora", 0.8, seed=1)]
-
-
-def reference(of, right, seed=7):
-    return answers(of, 20, right, seed)[1]
 
 
 def only(table, **where):
@@ -152,6 +129,30 @@ def test_mixed_users():
     assert mixed_users(NEWS, users, share=0.5) == {"u-even"}
     assert mixed_users(TITLES, users) == set()
     assert mixed_users(task("LaMP_1"), users) == set()
+
+
+def test_the_sample_gives_what_its_readme_says():
+    """40 users and 240 queries, user majority .800; 17 mixed users, 102 queries, user majority .588 (data/sample)."""
+    folder = PAPER.parent / "sample" / "lamp" / "LaMP_2N"
+    questions, outputs = (
+        json.loads(gzip.decompress((folder / f"dev_{name}.json.gz").read_bytes())) for name in ("questions", "outputs")
+    )
+    golds = {g["id"]: g["output"] for g in outputs["golds"]}
+    histories = {q["user_id"]: [item["category"] for item in q["profile"]] for q in questions}
+    mixed = mixed_users(NEWS, [user(key, *labels) for key, labels in histories.items()])
+    queries = pl.DataFrame([{"user": q["user_id"], "id": q["id"], "gold": golds[q["id"]]} for q in questions])
+    majority = {(q["user_id"], q["id"]): Counter(histories[q["user_id"]]).most_common(1)[0][0] for q in questions}
+    scored = score_texts(NEWS, queries, majority).scored
+    found = versus_table(
+        boards([Setting(NEWS, "k0", "lora", "full", scored)], {"LaMP_2N": {"same": majority}}, HOW),
+        {"LaMP_2N": mixed},
+        HOW,
+    )
+    rows = {r["users"]: r for r in found.filter(metric="accuracy").iter_rows(named=True)}
+    assert {k: (r["n_users"], r["n_queries"]) for k, r in rows.items()} == {"all": (40, 240), "mixed": (17, 102)}
+    assert rows["all"]["value"] == pytest.approx(0.8, abs=0.005)
+    assert rows["mixed"]["value"] == pytest.approx(0.588, abs=0.01)  # ties for the majority are broken otherwise here
+    assert [rows["all"][name] for name in ("diff", "diff_low", "diff_high")] == [0, 0, 0]
 
 
 def test_table1_has_the_papers_shape():
