@@ -109,7 +109,7 @@ def _base_data(task: Task, base: Sequence[User]) -> Iterator[tuple[str, str]]:
 
 
 def _bag_of_words(task: Task, base: Sequence[User], majority: str) -> dict[str, Answer]:
-    """TF-IDF (words, 1 + log tf, l2) and multinomial logistic regression (C = 1) on the base's x and y.
+    """TF-IDF (words, 1 + log tf, l2) and multinomial logistic regression (C = 10) on the base's x and y.
 
     With the user's prior the class probabilities p(c | x) become p(c | x) * s_u(c) / s(c), where s(c) is the label's
     share of the base's data and s_u(c) = (n_u(c) + alpha * s(c)) / (n_u + alpha), alpha = `PRIOR_STRENGTH`, its share
@@ -124,7 +124,7 @@ def _bag_of_words(task: Task, base: Sequence[User], majority: str) -> dict[str, 
         constant: Answer = lambda user, query: majority  # noqa: E731
         return {"bag-of-words": constant, "bag-of-words-user-prior": constant}
     vectorizer = TfidfVectorizer(sublinear_tf=True)
-    model = LogisticRegression(C=1.0, max_iter=1000)
+    model = LogisticRegression(C=10.0, max_iter=1000)
     model.fit(vectorizer.fit_transform([x for x, _ in pairs]), [y for _, y in pairs])
     classes = [str(label) for label in model.classes_]
     share = _shares(classes, [y for _, y in pairs])

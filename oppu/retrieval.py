@@ -123,7 +123,7 @@ def _summed(past: _Postings, words: np.ndarray, counts: np.ndarray, idf: np.ndar
     places = np.repeat(past.starts[words] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
     documents, times = past.documents[places], past.times[places]
     parts = np.repeat(idf, counts) * (times * (K1 + 1) / (times + norm[documents]))
-    return np.bincount(documents, weights=parts, minlength=len(norm))
+    return np.bincount(documents, weights=parts, minlength=len(norm)).astype(np.float64, copy=False)
 
 
 def prefix_top_k(documents: Sequence[str], queries: Sequence[str], k: int) -> list[list[int]]:
