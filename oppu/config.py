@@ -23,12 +23,12 @@ class Split(Closed):
         100, description="the N users with the longest histories, or 'dev': the users of the dev files"
     )
     exclude: list[str] = Field(
-        [], description="user keys (u-…) that are left out of everything: split, base, profiles, personal training"
+        [], description="user keys (u-…) left out of everything, after the ranking: split, base, profiles, personal training"
     )
     heldout_queries: int = Field(
         0,
         ge=0,
-        description="above 0: leave the test users out whole; of the base users, the N with the longest histories"
+        description="above 0: leave the test users out whole; of the base users, the 20 with the longest histories"
         " become the users under test, their last so many history items the queries (to choose hyperparameters)",
     )
 

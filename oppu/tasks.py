@@ -99,7 +99,7 @@ class Task(Closed):
     @property
     def metrics(self) -> tuple[str, str]:
         """LaMP's names of the task's two metrics."""
-        return METRICS[self.kind]  # type: ignore[return-value]
+        return METRICS[self.kind]
 
     @property
     def pair(self) -> bool:
@@ -110,9 +110,10 @@ class Task(Closed):
     def _reader(self) -> re.Pattern[str]:
         pattern = ""
         for literal, name, _, _ in string.Formatter().parse(self.input):
-            pattern += r"\s+".join(re.escape(word) for word in re.split(r"\s+", literal))
+            words = r"\s+".join(re.escape(word) for word in re.split(r"\s+", literal.rstrip()))
+            pattern += words + (r"\s*" if literal != literal.rstrip() else "")
             pattern += f"(?P<{name}>.*?)" if name else ""
-        return re.compile(r"\s*" + pattern + r"\s*", re.DOTALL)
+        return re.compile(pattern, re.DOTALL)
 
     def read(self, text: str) -> dict[str, str]:
         """The named parts of a query's input text.
@@ -120,7 +121,7 @@ class Task(Closed):
         A separator that a user's own text repeats is read at its first place. Raises ValueError where the text
         does not have the form of `input`.
         """
-        match = self._reader.fullmatch(text)
+        match = self._reader.fullmatch(text.strip())
         if match is None:
             raise ValueError(f"input does not have the form {self.input!r}")
         return match.groupdict()

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import HOW, NEWS, RATING, both, reference, setting
+from tests.synthetic import HOW, NEWS, RATING, both, reference, setting
 
 from oppu.plots import spread, table1_figure, write_figure
 from oppu.tables import boards, references_table, scores_table

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
+from tests.synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 
 from oppu import table1 as t1
 from oppu.metrics import columns

@@ -1,5 +1,5 @@
 import pytest
-from synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
+from tests.synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 
 from oppu.table1 import SETTINGS
 from oppu.tables import write_tables
