@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ACTIVATE = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test lint install faults
+.PHONY: demo test lint install resume
 
 demo: install
 	$(ACTIVATE) snakemake --cores all
@@ -11,6 +11,11 @@ demo: install
 
 test: install
 	$(ACTIVATE) python -m pytest
+
+# After a crash or SIGKILL: release the lock and go on; what is finished is kept. ARGS go to both commands.
+resume:
+	$(ACTIVATE) snakemake --unlock $(ARGS)
+	$(ACTIVATE) snakemake --cores all --rerun-incomplete $(ARGS)
 
 lint: install
 	$(ACTIVATE) ruff format --check .
