@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class TinyLM:
     batch_tokens: int = 4096
     long_every: int = 6
     """Every so many steps the rows are of `positions` tokens, so that all positions are learned."""
-    weights: Weights = Weights()
+    weights: Weights = field(default_factory=Weights)
 
 
 def train_tiny_lm(corpus: Path, data: Path, out: Path, config: TinyLM | None = None) -> list[dict[str, float]]:

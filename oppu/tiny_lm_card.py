@@ -16,8 +16,8 @@ pipeline_tag: text-generation
 # oppu-tiny
 
 A toy Llama of {parameters:,} parameters ({embedding:,} of them the tied embedding), pre-trained from scratch by this
-project so that its demonstration runs on a laptop. It knows the seven instruction formats of `oppu/tasks.yaml`, with and
-without retrieved items and profiles. It is good for showing personal adapters at work, and for nothing else.
+project so that its demonstration runs on a laptop. It knows the seven instruction formats of `oppu/tasks.yaml`, with
+and without retrieved items and profiles. It is good for showing personal adapters at work, and for nothing else.
 
 Made by
 
@@ -29,8 +29,8 @@ configuration). The same command gives the same weights on the same machine and 
 ## What it read
 {documents:,} documents: news of the News Category Dataset v2 (R. Misra, 2018, doi 10.13140/RG.2.2.20331.18729; CC0) and
 papers' titles and abstracts of the ACL Anthology (CC BY 4.0), from `data/corpus.jsonl.gz` and the train files of
-`data/sample`. Left out, by normalised text: everything that a dev (test) user of any task wrote, and everything that the
-{validation_users} base users with the longest histories of each task wrote.
+`data/sample`. Left out, by normalised text: everything that a dev (test) user of any task wrote, and everything that
+the {validation_users} base users with the longest histories of each task wrote.
 
 For news categories a bag-of-words model (TF-IDF, logistic regression) on the same articles gave soft labels to cut,
 thinned and mixed texts. Users were made up from the corpus: each prefers one category, so that retrieved labels and

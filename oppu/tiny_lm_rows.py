@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -131,7 +131,7 @@ def block(tokenizer: Any, lesson: Lesson, weights: Weights, longest: int, rng: n
     """A lesson as tokens; exchanges that do not fit into `longest` are left out, None when none fits."""
     prompts = tokenizer([e.prompt for e in lesson])["input_ids"]
     full = tokenizer([f"{e.prompt} {e.answer}" if e.prompt else e.answer for e in lesson])["input_ids"]
-    shared = len(commonprefix(prompts))
+    shared = sum(1 for _ in takewhile(lambda same: len(set(same)) == 1, zip(*prompts, strict=False)))
     shared = max(1, min(shared, *(len(p) - 1 for p in prompts))) if len(prompts) > 1 else 1
     kept: list[Tokens] = []
     size = shared

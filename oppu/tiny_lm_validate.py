@@ -99,7 +99,7 @@ def _loss(model: Any, tokenizer: Any, name: str, found: list[Case], augmentation
 
     prompts = [str(fit(prompt_of(name, case, augmentation), tokenizer, BUDGET)) for case in found]
     rows = [ids(tokenizer, prompt) for prompt in prompts]
-    answers = [ids(tokenizer, f" {case.gold}", special=False) + [tokenizer.eos_token_id] for case in found]
+    answers = [[*ids(tokenizer, f" {case.gold}", special=False), tokenizer.eos_token_id] for case in found]
     scores = _scores(model, tokenizer, rows, answers)
     losses = [-s[torch.arange(len(a)), a] for s, a in zip(scores, answers, strict=True)]
     return float(torch.cat(losses).mean())
