@@ -1,0 +1,249 @@
+"""A bank of personal adapters: many users' LoRA parameters (section 2.3) over one frozen base model.
+
+One matrix [U, P] holds all users; a user's adapter is a row. Hooks on the frozen Linear layers add to each token the
+delta of that token's own user, so one forward pass serves many users and no user's parameters meet another's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from oppu.config import Lora
+from oppu.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, target_linears
+from oppu.records import InputError
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Active:
+    """Whose adapters the hooks apply: one (A [G, r, in], B [G, out, r]) per layer, for G groups of tokens.
+
+    With `ends` [G] (int32) the batch is packed: group g is the tokens up to ends[g] of the flattened batch. Without,
+    group g is row g of the batch. `keys` [N] are the tokens' dropout keys; None: no dropout.
+    """
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+    ends: Tensor | None
+    keys: Tensor | None
+
+
+class LoraBank:
+    """U users' LoRA adapters over one frozen model.
+
+    All users begin with the same parameters (A drawn from `seed` as PEFT draws it, B zero), so that their adapters
+    can be compared (appendix G). Parameters are float32, or float64 when the model is.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: Lora, users: int, seed: int) -> None:
+        """Add the hooks. Raises InputError for targets that the model lacks, ValueError where rank is unset."""
+        if lora.rank is None:
+            raise ValueError("LoraBank: lora.rank is unset; take it from Config.lora(task)")
+        self.rank = lora.rank
+        self.alpha = float(lora.rank if lora.alpha is None else lora.alpha)
+        self.dropout = lora.dropout
+        self.target_modules = sorted(lora.target_modules)
+        linears = target_linears(model, lora.target_modules)
+        self.shapes: dict[str, tuple[int, int]] = {}
+        for name, linear in linears.items():
+            self.shapes[f"{name}.lora_A"] = (self.rank, linear.in_features)
+            self.shapes[f"{name}.lora_B"] = (linear.out_features, self.rank)
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
+        embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        self.dtype: torch.dtype = embedding.dtype
+        exact = torch.promote_types(self.dtype, torch.float32)
+        start = self._initial(seed).to(device=embedding.device, dtype=exact)
+        self.weights = start.repeat(users, 1)
+        self.grads: dict[int, Tensor] = {}
+        self.active: Active | None = None
+        self._handles: list[RemovableHandle] = [
+            linear.register_forward_hook(partial(self._add_delta, number, name))
+            for number, (name, linear) in enumerate(linears.items())
+        ]
+
+    def _initial(self, seed: int) -> Tensor:
+        """The parameters that every user begins with, [P]: drawn on the CPU, in the model's order of layers."""
+        generator = torch.Generator().manual_seed(seed)
+        parts = []
+        for name, shape in self.shapes.items():
+            part = torch.zeros(shape)
+            if name.endswith(".lora_A"):
+                nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator)
+            parts.append(part.flatten())
+        return torch.cat(parts)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def parameter(self, user: int) -> nn.Parameter:
+        """A user's row [P] as a parameter that shares the bank's memory: what an optimiser steps."""
+        return nn.Parameter(self.weights[user])
+
+    @contextmanager
+    def use(self, users: Tensor, ends: Tensor | None = None, keys: Tensor | None = None) -> Iterator[None]:
+        """Within the block, the model runs with these users' adapters (see Active); a user may stand more than once.
+
+        A backward pass must come within the block too. At its end, each user's gradient [P] is added to `grads`.
+        """
+        if self.active is not None:
+            raise RuntimeError("the bank is in use; blocks do not nest")
+        rows = self.weights[users].requires_grad_(torch.is_grad_enabled())
+        parts = [
+            part.view(-1, *shape)
+            for part, shape in zip(rows.to(self.dtype).split(self.sizes, 1), self.shapes.values(), strict=True)
+        ]
+        names = [name.removesuffix(".lora_A") for name in self.shapes if name.endswith(".lora_A")]
+        layers = dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
+        self.active = Active(layers, ends, keys)
+        try:
+            yield
+        finally:
+            self.active = None
+        if rows.grad is not None:
+            # One by one and in order: index_add_ has no fixed order on a GPU.
+            for user, grad in zip(users.tolist(), rows.grad, strict=True):
+                self.grads[user] = self.grads[user] + grad if user in self.grads else grad
+
+    def _add_delta(self, number: int, name: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Forward hook of one layer: x W + alpha/r x A^T B^T, each token with its own user's A and B."""
+        if self.active is None:
+            return out
+        x, ends = args[0], self.active.ends
+        a, b = (part.mT.to(x.dtype) for part in self.active.layers[name])
+        if ends is None:
+            hidden = torch.bmm(x, a) * (self.alpha / self.rank)
+            return out + torch.bmm(hidden, b).to(out.dtype)
+        x = x.flatten(0, -2)
+        if self.active.keys is not None:
+            keep = kept(self.active.keys, number, x.shape[-1], self.dropout)
+            x = x * keep.to(x.dtype) / (1 - self.dropout)
+        hidden = grouped(x, a, ends) * (self.alpha / self.rank)
+        return out + grouped(hidden, b, ends).view(out.shape).to(out.dtype)
+
+    def state_dict(self, user: int) -> State:
+        """A user's adapter by PEFT's names, on the CPU."""
+        parts = self.weights[user].detach().cpu().split(self.sizes)
+        named = zip(self.shapes.items(), parts, strict=True)
+        return {_peft(name): part.reshape(shape).clone() for (name, shape), part in named}
+
+    def load(self, user: int, state: State) -> None:
+        """Make `state` a user's adapter; ValueError where names or shapes differ from the bank's."""
+        if problems := self.mismatches(state):
+            raise ValueError("; ".join(problems))
+        flat = torch.cat([state[_peft(name)].flatten() for name in self.shapes])
+        self.weights[user] = flat.to(self.weights)
+
+    def mismatches(self, state: State) -> list[str]:
+        """Why an adapter does not fit this bank: names that differ, shapes that differ; empty when it fits."""
+        expected = {_peft(name): shape for name, shape in self.shapes.items()}
+        problems = [f"{name} is missing" for name in expected if name not in state]
+        problems += [f"{name} has no layer" for name in state if name not in expected]
+        problems += [
+            f"{name} is {tuple(state[name].shape)}, not {shape}"
+            for name, shape in expected.items()
+            if name in state and tuple(state[name].shape) != shape
+        ]
+        return problems
+
+    def close(self) -> None:
+        """Take the hooks away: the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _peft(name: str) -> str:
+    return f"base_model.model.{name}.weight"
+
+
+def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Each group's rows times that group's matrix: x [N, i], weights [G, i, o], ends [G] -> [N, o].
+
+    grouped_mm knows no float64 and wants 16-byte strides; a plain loop does the rest.
+    """
+    size = x.element_size()
+    strides = (x.shape[-1], weights.shape[-1], weights.stride(0))
+    if x.dtype != torch.float64 and all(n * size % 16 == 0 for n in strides) and weights.data_ptr() % 16 == 0:
+        return F.grouped_mm(x, weights, offs=ends)
+    stops = ends.tolist()
+    parts = x.split([stop - start for start, stop in zip([0, *stops], stops, strict=False)])
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+
+
+GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as a signed 64-bit integer
+
+
+def mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64: every bit of the input moves every bit of the output."""
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
+def kept(keys: Tensor, layer: int, width: int, rate: float) -> Tensor:
+    """Which inputs of a layer dropout keeps, [N, width]: a number per (token key, layer, feature) decides.
+
+    Counted instead of drawn in turn, so that it depends on neither the batch, nor its order, nor the device.
+    """
+    features = torch.arange(width, device=keys.device) + (layer + 1) * 1_000_003
+    return mix(keys[:, None] + features * GOLDEN) & 0xFFFFFFFF >= rate * 2**32
+
+
+def save_adapter(folder: Path, bank: LoraBank, user: int, base_name: str) -> None:
+    """Write a user's adapter in PEFT's own format: the same adapter gives the same bytes.
+
+    `base_name` names the merged base model that the adapter belongs to: on the raw one it would be silently wrong.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors' save_file writes through a temporary file of its own mode; the bytes are written plainly here.
+    (folder / ADAPTER_WEIGHTS).write_bytes(save(bank.state_dict(user), metadata={"format": "pt"}))
+    alpha = int(bank.alpha) if bank.alpha.is_integer() else bank.alpha
+    config = LoraConfig(
+        r=bank.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=bank.dropout,
+        target_modules=bank.target_modules,
+        base_model_name_or_path=base_name,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    # PEFT keeps the targets as a set, whose order differs between runs.
+    config.target_modules = bank.target_modules
+    config.save_pretrained(str(folder))
+
+
+def load_adapter(folder: Path, bank: LoraBank | None = None) -> State:
+    """A saved adapter's tensors by PEFT's names.
+
+    Raises InputError when the folder holds no whole LoRA adapter, and, given a bank, when names, shapes, rank or
+    alpha are not the bank's.
+    """
+    try:
+        state = load_file(folder / ADAPTER_WEIGHTS)
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError([f"{folder}: not an adapter: {error}"]) from error
+    ranks = {t.shape[0] if ".lora_A." in name else t.shape[-1] for name, t in state.items()}
+    problems = [] if ranks == {config.get("r")} else [f"adapter_config.json says r {config.get('r')}, tensors {ranks}"]
+    if bank is not None:
+        problems += bank.mismatches(state)
+        if (scale := (config.get("r"), config.get("lora_alpha"))) != (bank.rank, bank.alpha):
+            problems.append(f"r and lora_alpha are {scale}, not {(bank.rank, bank.alpha)}")
+    if problems:
+        raise InputError([f"{folder}: {problem}" for problem in problems])
+    return state

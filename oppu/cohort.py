@@ -1,0 +1,173 @@
+"""A cohort at work: users' adapters trained together on one loaded base, and their queries answered (section 3)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from oppu.bank import LoraBank, load_adapter, save_adapter
+from oppu.config import Generation
+from oppu.examples import Context, history_examples, query_prompts
+from oppu.generation import generate
+from oppu.models import load_base, load_tokenizer
+from oppu.packing import Example
+from oppu.prompts import Tokenizer
+from oppu.recipe import base_digest, lora_of
+from oppu.records import Item, User
+from oppu.retrieval import parse_augmentation
+from oppu.seeds import seed_of, seed_text
+from oppu.tasks import tasks
+from oppu.training import plan, train
+
+log = logging.getLogger(__name__)
+
+
+def context_of(recipe: dict[str, Any], tokenizer: Any, pool: Sequence[Item] | None) -> Context:
+    """What turns items and queries into prompts, from a recipe."""
+    return Context(
+        task=tasks()[recipe["task"]["name"]],
+        augmentation=parse_augmentation(recipe["augmentation"]),
+        tokenizer=tokenizer,
+        eos=tokenizer.eos_token_id,
+        max_length=recipe["model"]["max_length"],
+        seed=recipe["seed"],
+        pool=pool,
+    )
+
+
+def base_name(manifest: dict[str, Any]) -> str:
+    """What a personal adapter calls its base: the merged base it belongs to, never the raw one."""
+    return f"oppu-base-{base_digest(manifest)[:16]}"
+
+
+def progress_log(what: str, seconds: float = 30.0) -> Callable[[int, int, int], None]:
+    """A progress callback that logs a line every so often: steps done, tokens per second, time left."""
+    start = last = time.monotonic()
+
+    def tell(done: int, total: int, tokens: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds and done < total:
+            return
+        last, spent = now, max(now - start, 1e-9)
+        left = spent / done * (total - done) if done else math.inf
+        log.info("%s: %d of %d steps, %.0f tokens/s, %.0f s left", what, done, total, tokens / spent, left)
+
+    return tell
+
+
+class Cohort:
+    """Users of one setting on one loaded base. Users are named by key; each has a profile and counts to add to."""
+
+    def __init__(
+        self,
+        recipe: dict[str, Any],
+        manifest: dict[str, Any],
+        base: Path,
+        pool: Sequence[Item] | None,
+        users: Sequence[tuple[User, str | None, Counter[str]]],
+    ) -> None:
+        self.recipe, self.manifest = recipe, manifest
+        self.users = {user.key: (user, profile, counts) for user, profile, counts in users}
+        self.row = {key: n for n, key in enumerate(self.users)}
+        self.accelerator = Accelerator()
+        model = recipe["runtime"]["model"]
+        self.tokenizer: Tokenizer = load_tokenizer(model["path"], model["revision"])
+        self.model = load_base(
+            model["path"], model["revision"], recipe["model"]["dtype"], self.accelerator.device, base / "adapter"
+        )
+        self.context = context_of(recipe, self.tokenizer, pool)
+        self.bank: LoraBank | None = None
+        if recipe["peft"] == "lora":
+            self.lora = lora_of(recipe)
+            seed = seed_of(recipe["seed"], self.context.task.name, *self._setting, "initial parameters")
+            self.bank = LoraBank(self.model, self.lora, len(self.users), seed)
+
+    @property
+    def _setting(self) -> tuple[str, str, str]:
+        return self.recipe["augmentation"], self.recipe["peft"], self.recipe["history"]
+
+    def load(self, key: str, folder: Path) -> None:
+        """Take a user's adapter as it was trained before."""
+        assert self.bank is not None
+        self.bank.load(self.row[key], load_adapter(folder))
+
+    def save(self, key: str, folder: Path) -> None:
+        """Write a user's adapter as a plain PEFT folder."""
+        assert self.bank is not None
+        save_adapter(folder, self.bank, self.row[key], base_name(self.manifest))
+
+    def train(self, keys: Sequence[str], finished: Callable[[str], None]) -> dict[str, str]:
+        """Train these users together; `finished` is told each user as soon as their last step is done.
+
+        Returns why each failed user failed.
+        """
+        assert self.bank is not None
+        failed: dict[str, str] = {}
+        examples: list[list[Example]] = [[] for _ in self.users]
+        plans: list[list[list[int]]] = [[] for _ in self.users]
+        for key in keys:
+            user, profile, counts = self.users[key]
+            try:
+                examples[self.row[key]] = history_examples(self.context, user, profile, counts)
+            except ValueError as error:
+                failed[key] = str(error)
+                continue
+            order = seed_text(self.recipe["seed"], self.context.task.name, key, "data order")
+            count = len(examples[self.row[key]])
+            plans[self.row[key]] = plan(count, self.lora.epochs, self.lora.batch_size, order)
+            if not count:
+                finished(key)
+        rows = {row: key for key, row in self.row.items()}
+        name = self.context.task.name
+        seeds = [seed_of(self.recipe["seed"], name, key, *self._setting, "dropout") for key in self.users]
+        trained = train(
+            self.model,
+            self.bank,
+            examples,
+            plans,
+            self.lora,
+            self.accelerator,
+            progress=progress_log(self.context.task.name),
+            seeds=seeds,
+            finished=lambda row: finished(rows[row]),
+        )
+        return failed | {key: str(trained[row].error) for key, row in self.row.items() if trained[row].error}
+
+    def predict(self, keys: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+        """Answers to all queries of these users, in one pass; and why each failed user failed."""
+        settings = Generation(**self.recipe["generation"] | self.recipe["runtime"]["generation"])
+        answer_tokens = settings.max_new_tokens or self.context.task.output_tokens
+        failed: dict[str, str] = {}
+        asked = []
+        for key in keys:
+            user, profile, counts = self.users[key]
+            try:
+                prompts = query_prompts(self.context, user, profile, answer_tokens, counts)
+            except ValueError as error:
+                failed[key] = str(error)
+                continue
+            asked += [(key, query, fitted, tokens) for query, fitted, tokens in prompts]
+        task = self.context.task.name
+        answers = generate(
+            self.model,
+            self.tokenizer,
+            [tokens for *_, tokens in asked],
+            settings,
+            answer_tokens,
+            bank=self.bank,
+            users=[self.row[key] for key, *_ in asked] if self.bank else None,
+            seeds=[seed_of(self.recipe["seed"], task, key, "sampling", query.id) for key, query, *_ in asked],
+        )
+        out: dict[str, list[dict[str, Any]]] = {key: [] for key in keys if key not in failed}
+        for (key, query, fitted, tokens), answer in zip(asked, answers, strict=True):
+            row = {"id": query.id, "prediction": answer, "prompt_tokens": len(tokens), "cut_query": fitted.cut_query}
+            out[key].append(row | {"cut_history": fitted.cut_history})
+        return out, failed

@@ -1,0 +1,112 @@
+"""Tokenised examples: what a base or a personal adapter learns from, and what a query asks (sections 2.2 and 3)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from oppu.packing import Example
+from oppu.prompts import Prompt, Tokenizer, fit, ids
+from oppu.records import InputError, Item, Query, User
+from oppu.retrieval import Augmentation, Draws, retrieve_for_history, retrieve_for_queries
+from oppu.tasks import Task
+
+
+@dataclass(frozen=True)
+class Context:
+    """What turns a user's items and queries into prompts, the same for every user of a setting."""
+
+    task: Task
+    augmentation: Augmentation
+    tokenizer: Tokenizer
+    eos: int
+    max_length: int
+    seed: int
+    pool: Sequence[Item] | None = None
+    """Items of base-training users, for the augmentation `random`; None: the user's own past."""
+
+    def draws(self, user: User) -> Draws:
+        """Where a user's random items come from."""
+        return Draws(self.seed, user.key, self.pool)
+
+
+def history_examples(context: Context, user: User, profile: str | None, counts: Counter[str]) -> list[Example]:
+    """One example per history item, oldest first; retrieval sees only items strictly before each (section 3).
+
+    A pair (x, y) is learned as phi(x, D^{<t}, s_u) -> y, a plain text as its label -> x. An item whose answer alone
+    is over the budget is left out and counted.
+    """
+    task = context.task
+    retrieved = retrieve_for_history(task, user.history, context.augmentation, context.draws(user))
+    examples = []
+    for item, items in zip(user.history, retrieved, strict=True):
+        if task.pair:
+            prompt = Prompt(task, task.item_fields(item), items, profile)
+            example = _example(context, prompt, item.fields[task.y or ""], counts)
+        else:
+            prompt = Prompt(task, {}, items, profile, label=task.plain_label)
+            text = task.item_text(item)[len(task.plain_label) :].strip()
+            example = _example(context, prompt, text, counts, cut_answer=True)
+        if example is None:
+            counts["items_too_long"] += 1
+        else:
+            examples.append(example)
+    return examples
+
+
+def query_examples(context: Context, user: User, profile: str | None, counts: Counter[str]) -> list[Example]:
+    """One example per query with its gold, for the base (section 2.2)."""
+    prompts = _query_prompts(context, user, profile)
+    found = [_example(context, p, q.gold or "", counts) for q, p in zip(user.queries, prompts, strict=True)]
+    counts["items_too_long"] += found.count(None)
+    return [example for example in found if example is not None]
+
+
+def query_prompts(
+    context: Context, user: User, profile: str | None, answer_tokens: int, counts: Counter[str]
+) -> list[tuple[Query, Prompt, list[int]]]:
+    """Each query of a user with its prompt and token ids, room being left for the answer."""
+    out = []
+    for query, prompt in zip(user.queries, _query_prompts(context, user, profile), strict=True):
+        try:
+            fitted = fit(prompt, context.tokenizer, context.max_length - answer_tokens)
+        except ValueError as error:
+            raise InputError([f"{user.key}: query {query.id}: {error}; raise model.max_length"]) from None
+        counts["cut_history_tokens"] += fitted.cut_history
+        counts["cut_query_tokens"] += fitted.cut_query
+        out.append((query, fitted, ids(context.tokenizer, str(fitted))))
+    return out
+
+
+def _query_prompts(context: Context, user: User, profile: str | None) -> list[Prompt]:
+    task = context.task
+    retrieved = retrieve_for_queries(task, user.history, user.queries, context.augmentation, context.draws(user))
+    return [
+        Prompt(task, task.query_fields(query.input), items, profile)
+        for query, items in zip(user.queries, retrieved, strict=True)
+    ]
+
+
+def _example(
+    context: Context, prompt: Prompt, answer: str, counts: Counter[str], cut_answer: bool = False
+) -> Example | None:
+    target = [*ids(context.tokenizer, " " + answer, special=False), context.eos]
+    room = context.max_length - len(target)
+    if cut_answer and room < context.max_length // 2:
+        shorter = target[: context.max_length // 2 - 1]
+        counts["cut_history_tokens"] += len(target) - len(shorter) - 1
+        target = [*shorter, context.eos]
+        room = context.max_length - len(target)
+    try:
+        fitted = fit(prompt, context.tokenizer, room)
+    except ValueError:
+        return None
+    counts["cut_history_tokens"] += fitted.cut_history
+    counts["cut_query_tokens"] += fitted.cut_query
+    text = str(fitted)
+    start = ids(context.tokenizer, text)
+    whole = ids(context.tokenizer, f"{text} {answer}")
+    if not cut_answer and whole[: len(start)] == start and len(whole) > len(start):
+        target = [*whole[len(start) :], context.eos]
+    return Example(tuple(start), tuple(target))

@@ -1,0 +1,126 @@
+"""Recipes: everything that a base or a cell depends on besides data and base, and the keys made from them.
+
+A recipe is plain JSON that Snakemake writes into the tree. `runtime` in it says how to run, not what comes out: it is
+no part of any key. Nothing here imports torch: a check that nothing is stale must take well under a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oppu.config import Config, Lora
+from oppu.files import digest
+from oppu.records import User
+from oppu.tasks import Task, tasks
+
+VERSIONS = {"split": 1, "retrieval": 1, "prompts": 1, "profiles": 1, "examples": 1, "training": 1, "generation": 1}
+"""Recipe versions, one number per step. Raise one when a step's results change; golden tests notice if you forget."""
+
+RUNTIME = {"tokens_per_batch"}
+
+
+def _split_runtime(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return (
+        {k: v for k, v in values.items() if k not in RUNTIME},
+        {k: v for k, v in values.items() if k in RUNTIME},
+    )
+
+
+def _common(config: Config, task: Task, augmentation: str) -> dict[str, Any]:
+    return {
+        "task": task.model_dump(exclude={"title", "personal", "profile_prompt"}),
+        "augmentation": augmentation,
+        "seed": config.seed,
+        "model": config.model.model_dump(include={"dtype", "max_length"}),
+        "random": config.retrieval.random if augmentation == "random" else None,
+        "versions": VERSIONS,
+    }
+
+
+def base_recipe(config: Config, task: str, augmentation: str) -> dict[str, Any]:
+    """What the base model of (task, augmentation) depends on besides data: section 2.2."""
+    training, runtime = _split_runtime(config.base.model_dump(exclude={"examples"}))
+    return _common(config, tasks()[task], augmentation) | {
+        "examples": config.base.examples,
+        "training": training,
+        "runtime": {"training": runtime, "model": config.model.model_dump(include={"path", "revision"})},
+    }
+
+
+def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history: str) -> dict[str, Any]:
+    """What the cells of one setting depend on besides data and base: section 3."""
+    training, train_runtime = _split_runtime(config.lora(task).model_dump())
+    generation, generate_runtime = _split_runtime(config.generation.model_dump())
+    generation["max_new_tokens"] = generation["max_new_tokens"] or tasks()[task].output_tokens
+    if not generation["sample"]:
+        generation = {"sample": False, "max_new_tokens": generation["max_new_tokens"]}
+    return _common(config, tasks()[task], augmentation) | {
+        "peft": peft,
+        "history": history,
+        "training": training if peft != "none" else None,
+        "generation": generation,
+        "runtime": {
+            "training": train_runtime,
+            "generation": generate_runtime,
+            "model": config.model.model_dump(include={"path", "revision"}),
+        },
+    }
+
+
+def lora_of(recipe: dict[str, Any]) -> Lora:
+    """The training settings of a recipe, alpha resolved to a number (default: the rank, a scale of 1)."""
+    values = recipe["training"] | recipe["runtime"]["training"]
+    return Lora(**values | {"alpha": values["alpha"] or float(values["rank"])})
+
+
+def base_key(recipe: dict[str, Any], model_files: dict[str, str], users_digest: str) -> str:
+    """Key of a base: recipe, the model's files, and all base users' histories and queries."""
+    known = {k: v for k, v in recipe.items() if k != "runtime"}
+    return digest({"recipe": known, "model": model_files, "users": users_digest})
+
+
+def base_digest(manifest: dict[str, Any]) -> str:
+    """What a base is, to its cells: its key and its bytes."""
+    return digest({"key": manifest["key"], "files": manifest["files"], "model": manifest["model"]})
+
+
+def adapter_key(
+    recipe: dict[str, Any], manifest: dict[str, Any], user: User, profile: str | None, pool: str | None
+) -> str:
+    """Key of a personal adapter: everything that determines it (DESIGN: cells are keyed by content)."""
+    known = {k: v for k, v in recipe.items() if k not in {"runtime", "generation"}}
+    return digest(
+        {
+            "recipe": known,
+            "base": base_digest(manifest),
+            "user": user.key,
+            "history": user.as_json(golds=False)["history"],
+            "profile": profile,
+            "pool": pool,
+        }
+    )
+
+
+def predictions_key(
+    recipe: dict[str, Any],
+    manifest: dict[str, Any],
+    user: User,
+    profile: str | None,
+    pool: str | None,
+    adapter: str | None,
+) -> str:
+    """Key of a user's predictions: their queries, what their prompts carry, the adapter, and how answers are made."""
+    known = {k: v for k, v in recipe.items() if k not in {"runtime", "training"}}
+    data = user.as_json(golds=False)
+    return digest(
+        {
+            "recipe": known,
+            "base": base_digest(manifest),
+            "user": user.key,
+            "adapter": adapter,
+            "queries": data["queries"],
+            "history": data["history"] if recipe["augmentation"] not in {"k0", "profile-k0"} else None,
+            "profile": profile,
+            "pool": pool,
+        }
+    )

@@ -1,0 +1,75 @@
+"""From cells to tables: what the rules `score`, `references` and `tables` run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from oppu import scores, tables
+from oppu.cells import read_predictions
+from oppu.files import read_json, write_bytes, write_json
+from oppu.plots import table1_figure, write_figure
+from oppu.records import InputError
+from oppu.references import references as predict_references
+from oppu.split import read_base, read_queries, read_user, read_users
+from oppu.tasks import task as task_record
+from oppu.terminal import terminal_table
+
+
+def score(out: Path, scored: Path, submission: Path, task: str, users: Path, queries: Path) -> None:
+    """Score the setting in whose folder `out` lies. InputError names every missing or damaged cell."""
+    record = task_record(task)
+    predictions, problems = {}, []
+    for user in read_users(users):
+        try:
+            predictions[user] = read_predictions(out.parent / "users" / user)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    result = scores.score(record, read_queries(queries), predictions)
+    result.scored.write_parquet(scored)
+    write_json(submission, scores.submission(record, predictions))
+    write_json(out, result.metrics, mode=0o644)
+
+
+def references(out: Path, task: str, base_users: Path, histories: Sequence[Path]) -> None:
+    """Predict every query without any model; JSON: reference -> user key -> query id -> answer."""
+    found = predict_references(task_record(task), [read_user(path) for path in histories], read_base(base_users))
+    nested: dict[str, dict[str, dict[str, str]]] = {}
+    for name, answers in found.items():
+        for (user, query), text in answers.items():
+            nested.setdefault(name, {}).setdefault(user, {})[query] = text
+    write_json(out, nested)
+
+
+def tables_of(folder: Path, tasks: Sequence[str], settings: Sequence[str], bootstrap: int, seed: int) -> None:
+    """Write tables/ and figures/ of a results folder from its scored settings and references."""
+    scored = [
+        tables.Setting(
+            task_record(task), *setting.split("/"), pl.read_parquet(folder / task / setting / "scored.parquet")
+        )
+        for task in tasks
+        for setting in settings
+    ]
+    lines = {task: _flat(read_json(folder / task / "references.json")) for task in tasks}
+    mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
+    tables.write_tables(folder / "tables", scored, lines, mixed, tables.Bootstrap(bootstrap, seed))
+    paths = [folder / "tables" / f"{name}.csv" for name in ("scores", "references", "versus")]
+    write_bytes(folder / "tables" / "results.txt", terminal_table(*paths).encode(), mode=0o644)
+    figure = table1_figure(tables.read_csv(paths[0]), tables.read_csv(paths[1]))
+    write_figure(folder / "figures" / "table1.svg", figure)
+
+
+def _test_users(folder: Path) -> list:
+    keys = read_users(folder / "split" / "users.json")
+    return [read_user(folder / "split" / "histories" / f"{key}.json") for key in keys]
+
+
+def _flat(nested: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[tuple[str, str], str]]:
+    return {
+        name: {(user, query): text for user, answers in users.items() for query, text in answers.items()}
+        for name, users in nested.items()
+    }

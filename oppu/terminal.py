@@ -1,0 +1,114 @@
+"""scores.csv, references.csv and versus.csv as plain text for the terminal, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from oppu.metrics import better, columns
+from oppu.table1 import number
+from oppu.tables import augmentation_order, read_csv
+from oppu.tasks import Task, tasks
+
+FIRST, WIDE, WIDTH = 12, 28, 100
+
+NOTE = (
+    "[ ]: 95 % interval, bootstrap over users (who is in the sample; not the training seed). *: the interval of the"
+    " difference excludes 0; without a star these users do not settle it, which is not the same as no difference."
+    " Mixed users: the commonest label is at most 80 % of their history; for the others a constant answer is hard to"
+    " beat. A minus sign is better for mae and rmse."
+)
+
+
+def terminal_table(scores: Path, references: Path, versus: Path) -> str:
+    """What the three files say about the full history, per task and metric; every line at most 100 characters."""
+    tables = [read_csv(path) for path in (scores, references, versus)]
+    full, lines, against = tables[0].filter(history="full"), tables[1], tables[2]
+    blocks = []
+    for task in (task for name, task in tasks().items() if name in set(full["task"])):
+        for metric in columns(task):
+            rows = [table.filter(task=task.name, metric=metric) for table in (full, lines, against)]
+            blocks.append("\n".join(_block(task, metric, *rows)))
+    blocks.append(textwrap.fill(NOTE, WIDTH))
+    return "\n\n".join(blocks) + "\n"
+
+
+def strongest(lines: pl.DataFrame, metric: str) -> list[str]:
+    """The reference to be beaten: the best one on this metric, whichever it is; none where there are no references."""
+    found = lines.filter(metric=metric).sort("value", descending=better(metric) == "higher", maintain_order=True)
+    return found["reference"].head(1).to_list()
+
+
+def _block(task: Task, metric: str, full: pl.DataFrame, lines: pl.DataFrame, versus: pl.DataFrame) -> list[str]:
+    size = f"{full['n_users'][0]} users, {full['n_queries'][0]} queries"
+    text = [f"{task.name} {task.title}: {metric} ({better(metric)} is better); {size}"]
+    text += _grid(full, ["none", "lora"])
+    if len(lines):
+        named = ", ".join(f"{r['reference']} {number(r['value'])}" for r in lines.iter_rows(named=True))
+        text += textwrap.wrap(f"without a model: {named}", WIDTH, initial_indent="  ", subsequent_indent="    ")
+    text += _versus(metric, lines, versus.filter(peft="lora"))
+    return text
+
+
+def _grid(full: pl.DataFrame, kinds: list[str]) -> list[str]:
+    """A row per augmentation: the value of each kind of adapter, then the paired difference."""
+    rows = {(r["augmentation"], r["peft"]): r for r in full.iter_rows(named=True)}
+    text = [_line("prompt", *kinds, "lora - none")]
+    for augmentation in augmentation_order(full):
+        cells = [_cell(rows.get((augmentation, kind)), number, "value", "ci_low", "ci_high") for kind in kinds]
+        text.append(_line(augmentation, *cells, _difference(rows.get((augmentation, "lora")))))
+    return text
+
+
+def _versus(metric: str, lines: pl.DataFrame, versus: pl.DataFrame) -> list[str]:
+    """Personal adapters against the strongest references, for all users and for the mixed ones."""
+    known = {"user-majority"} & set(lines["reference"])
+    picked = list(dict.fromkeys([*known, *strongest(lines, metric)]))
+    text = []
+    for users, against in (("all", picked), ("mixed", ["none", *picked])):
+        rows = {(r["augmentation"], r["against"]): r for r in versus.filter(users=users).iter_rows(named=True)}
+        heads = [name for name in against if any(name == key[1] for key in rows)]
+        if not heads:
+            continue
+        some = next(iter(rows.values()))
+        who = "all users" if users == "all" else f"{some['n_users']} mixed users, {some['n_queries']} queries"
+        text.append(f"  {who}: " + "; ".join(_levels(metric, rows, heads)))
+        text.append(_line("lora minus", *heads))
+        for augmentation in augmentation_order(versus):
+            text.append(_line(augmentation, *[_difference(rows.get((augmentation, name))) for name in heads]))
+    return text
+
+
+def _levels(metric: str, rows: dict[tuple[str, str], dict[str, Any]], heads: list[str]) -> list[str]:
+    """What is compared: the adapter's own value at the first augmentation, and each reference's."""
+    first = next(iter(rows))[0]
+    shown = [f"lora {first} {number(rows[first, heads[0]]['value'])}"] if (first, heads[0]) in rows else []
+    names = {name: f"none {first}" if name == "none" else name for name in heads}
+    return shown + [f"{names[n]} {number(rows[first, n]['other'])}" for n in heads if (first, n) in rows]
+
+
+def _line(first: str, *cells: str) -> str:
+    return f"  {first:<{FIRST}}" + "".join(f"{cell:<{WIDE}}" for cell in cells).rstrip()
+
+
+def _signed(value: float) -> str:
+    text = number(value)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def _cell(row: dict[str, Any] | None, write: Callable[[float], str], value: str, low: str, high: str) -> str:
+    if row is None or row[value] is None:
+        return "-"
+    return f"{write(row[value])} [{write(row[low])}, {write(row[high])}]"
+
+
+def _difference(row: dict[str, Any] | None) -> str:
+    """A paired difference; starred where its interval excludes 0 and at least six users stand behind it."""
+    text = _cell(row, _signed, "diff", "diff_low", "diff_high")
+    if row is None or row["diff"] is None:
+        return text
+    return text + (" *" if row["n_users"] >= 6 and (row["diff_low"] > 0 or row["diff_high"] < 0) else "")

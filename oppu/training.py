@@ -1,0 +1,177 @@
+"""Training many users' adapters at once (section 2.3): per user exactly what training that user alone would do."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch.optim import AdamW
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from oppu.bank import LoraBank
+from oppu.config import Lora
+from oppu.models import head_at
+from oppu.packing import WIDTH, Chunk, Example, assemble, fill_rows, micro_batches, step_seed
+
+Progress = Callable[[int, int, int], None]
+"""Called after every pass with (user steps done, user steps in all, example tokens trained on)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of one user: optimiser steps taken, the last step's loss, and the error that ended it, if any."""
+
+    steps: int
+    loss: float | None
+    error: Exception | None
+
+
+def plan(n_examples: int, epochs: int, batch_size: int, seed_text: str) -> list[list[int]]:
+    """A user's optimiser steps as lists of example numbers: shuffled anew in every epoch, the last step may be short.
+
+    The order comes from `seed_text` alone (run seed, task, user, purpose).
+    """
+    draw = random.Random(hashlib.sha256(seed_text.encode()).digest())
+    steps = []
+    for _ in range(epochs):
+        order = list(range(n_examples))
+        draw.shuffle(order)
+        steps += [order[start : start + batch_size] for start in range(0, n_examples, batch_size)]
+    return steps
+
+
+def train(
+    model: PreTrainedModel,
+    bank: LoraBank,
+    examples: Sequence[Sequence[Example]],
+    plans: Sequence[list[list[int]]],
+    lora: Lora,
+    accelerator: Accelerator,
+    progress: Progress | None = None,
+    seeds: Sequence[int] | None = None,
+    width: int = WIDTH,
+) -> list[Trained]:
+    """Train user u's adapter on `examples[u]` by `plans[u]`, for all users of the bank.
+
+    Each user has an AdamW, a linear schedule with warm-up and a gradient clip of its own, and a step's loss is the
+    mean over that user's target tokens of the step. So a user's result depends on nobody else, up to rounding.
+    A user whose loss or gradient is not finite ends with an error and the others go on; a user without a plan keeps
+    the initial adapter. `seeds` (one per user) key dropout, and are needed only with it.
+    """
+    if lora.lr is None or lora.weight_decay is None:
+        raise ValueError("train: lora.lr or lora.weight_decay is unset; take them from Config.lora(task)")
+    if bank.dropout and seeds is None:
+        raise ValueError("train: dropout needs a seed per user")
+    if accelerator.scaler is not None:
+        raise ValueError("train: mixed precision fp16 is not supported; use bf16 or no")
+    if not len(bank) == len(examples) == len(plans):
+        raise ValueError(f"train: {len(bank)} adapters, {len(examples)} example lists, {len(plans)} plans")
+    parameters = [bank.parameter(user) for user in range(len(bank))]
+    optimisers = [AdamW([p], lr=lora.lr, weight_decay=lora.weight_decay) for p in parameters]
+    schedules = [
+        get_linear_schedule_with_warmup(optimiser, math.ceil(lora.warmup * len(steps)), len(steps))
+        for optimiser, steps in zip(optimisers, plans, strict=True)
+    ]
+    done = [0] * len(bank)
+    losses: list[float | None] = [None] * len(bank)
+    errors: dict[int, Exception] = {}
+    chunks: dict[int, Chunk] = {}  # every unfinished user's next step
+    todo = {user for user, steps in enumerate(plans) if steps}
+    total, tokens = sum(map(len, plans)), 0
+
+    while todo:
+        for user in todo - chunks.keys():
+            chosen = tuple(examples[user][n] for n in plans[user][done[user]])
+            chunks[user] = Chunk(user, chosen, step_seed(seeds[user], done[user]) if seeds else 0)
+        batch: list[Chunk] = []
+        room = lora.tokens_per_batch
+        # Those with most steps left go first: else the longest histories would be left over, alone, at the end.
+        for user in sorted(todo, key=lambda u: (done[u] - len(plans[u]), u)):
+            if batch and chunks[user].tokens > room:
+                break
+            room -= chunks[user].tokens
+            batch.append(chunks.pop(user))
+
+        results = gradients(model, bank, batch, lora, accelerator, width)
+        if len(batch) > 1 and not all(map(_finite, results)):
+            # What is not finite spreads within a row (0 * NaN in attention), so all are done again, each alone.
+            results = [gradients(model, bank, [chunk], lora, accelerator, width)[0] for chunk in batch]
+
+        for chunk, result in zip(batch, results, strict=True):
+            user = chunk.user
+            if _finite(result):
+                parameters[user].grad = result.grad
+                optimisers[user].step()
+                schedules[user].step()
+                parameters[user].grad = None
+                losses[user] = result.loss
+                done[user] += 1
+            else:
+                found = f"loss {result.loss}, gradient norm {result.norm}"
+                errors[user] = FloatingPointError(f"step {done[user] + 1} of {len(plans[user])}: {found}")
+            if user in errors or done[user] == len(plans[user]):
+                todo.remove(user)
+                optimisers[user].state.clear()
+            tokens += sum(map(len, chunk.examples))
+        if progress is not None:
+            progress(sum(done), total, tokens)
+    return [Trained(done[user], losses[user], errors.get(user)) for user in range(len(bank))]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One user's loss, gradient [P] after clipping, and the gradient's norm before it."""
+
+    loss: float
+    grad: torch.Tensor
+    norm: float
+
+
+def _finite(result: Result) -> bool:
+    return math.isfinite(result.loss) and math.isfinite(result.norm)
+
+
+def gradients(
+    model: PreTrainedModel,
+    bank: LoraBank,
+    chunks: Sequence[Chunk],
+    lora: Lora,
+    accelerator: Accelerator,
+    width: int = WIDTH,
+) -> list[Result]:
+    """Forward and backward of one step of these (distinct) users, in as many passes as the token budget asks for."""
+    device = bank.weights.device
+    losses = torch.zeros(len(chunks), dtype=torch.float64, device=device)
+    bank.grads.clear()
+    for rows in micro_batches(fill_rows(chunks, width), lora.tokens_per_batch):
+        packed = assemble(chunks, rows).to(device)
+        keys = packed.dropout_keys() if bank.dropout else None
+        with bank.use(packed.users, packed.ends, keys), head_at(model, packed.positions):
+            with accelerator.autocast():
+                logits = model(
+                    input_ids=packed.input_ids,
+                    position_ids=packed.position_ids,
+                    attention_mask=packed.mask,
+                    use_cache=False,
+                ).logits
+            logits = logits.to(bank.weights.dtype)
+            loss = F.cross_entropy(logits, packed.targets, reduction="none") * packed.weights.to(logits.dtype)
+            accelerator.backward(loss.sum())
+        losses.index_add_(0, packed.chunks, loss.detach().double())
+    grads = [bank.grads.pop(chunk.user) for chunk in chunks]
+    norms = [_clip(grad, lora.max_grad_norm) for grad in grads]
+    numbers = zip(losses.tolist(), grads, torch.stack(norms).tolist(), strict=True)  # one wait for the device
+    return [Result(loss, grad, norm) for loss, grad, norm in numbers]
+
+
+def _clip(grad: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """Clip a gradient in place by clip_grad_norm_'s formula; returns its norm before. Never waits for the device."""
+    norm = torch.linalg.vector_norm(grad)
+    grad *= torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return norm

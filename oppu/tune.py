@@ -1,0 +1,64 @@
+"""Choose personal hyperparameters on base users held out for it (`split.heldout_queries`), never on test users."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from oppu.cells import pool_of
+from oppu.files import read_json, write_bytes
+from oppu.profiles import extractive
+from oppu.recipe import lora_of
+from oppu.retrieval import parse_augmentation
+from oppu.scores import score
+from oppu.split import read_queries, read_user
+from oppu.tasks import tasks
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    out: Path,
+    recipe: Path,
+    base: Path,
+    base_users: Path,
+    queries: Path,
+    histories: Sequence[Path],
+    lrs: Sequence[float],
+    epochs: Sequence[int],
+) -> None:
+    """Train the users anew at every point of the grid and score them; one row per point and metric.
+
+    The row with no epochs is the base alone. Nothing but the table is kept.
+    """
+    values, manifest = read_json(recipe), read_json(base)
+    task = tasks()[values["task"]["name"]]
+    users = [read_user(path) for path in histories]
+    profiled = parse_augmentation(values["augmentation"]).profile
+    people = [(user, extractive(task, user.history) if profiled else None, Counter[str]()) for user in users]
+    golds, pool = read_queries(queries), pool_of(base_users, values)
+    rows: list[dict[str, Any]] = []
+    for lr, count in [(0.0, 0), *itertools.product(lrs, epochs)]:
+        from oppu.cohort import Cohort
+
+        point = values | {"training": values["training"] | {"lr": lr or 1.0, "epochs": count or 1}}
+        cohort = Cohort(point, manifest, base.parent, pool, people)
+        failed = cohort.train([user.key for user in users], lambda key: None) if count else {}
+        predictions, more = cohort.predict([user.key for user in users])
+        if failed | more:
+            log.warning("lr %g, %d epochs: %d users failed, so this point is left out", lr, count, len(failed | more))
+            continue
+        metrics = score(task, golds, predictions).metrics
+        log.info("lr %g, %d epochs: %s", lr, count, metrics)
+        rows += [
+            {"task": task.name, "augmentation": values["augmentation"], "lr": lr, "epochs": count}
+            | {"metric": name, "value": metrics[name], "rank": lora_of(point).rank}
+            for name in task.metrics
+        ]
+    write_bytes(out, pl.DataFrame(rows).write_csv().encode(), mode=0o644)

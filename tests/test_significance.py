@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from oppu.metrics import values
+from oppu.significance import differences, draws, estimates, interval, p_value
+from oppu.tasks import task
+
+TITLES, NEWS = task("LaMP_5"), task("LaMP_2N")
+
+
+def generation(rng, users, mean, queries=4):
+    """Per-user sums in which users differ more than queries do."""
+    level = mean + 0.1 * rng.standard_normal((users, 1))
+    scores = level + 0.05 * rng.standard_normal((users, queries))
+    return np.stack([np.full(users, queries), scores.sum(1), scores.sum(1)], axis=1)
+
+
+def confusion(rng, users):
+    hits = rng.integers(0, 3, (users, 15))
+    extra = rng.integers(0, 2, (users, 15))
+    gold = hits + extra
+    return np.concatenate([gold.sum(1, keepdims=True), hits, gold, hits + extra[:, ::-1]], axis=1).astype(float)
+
+
+def test_draws_are_seeded_and_complete():
+    weights = draws(NEWS, 7, 50, seed=3)
+    assert weights.shape == (50, 7)
+    assert (weights.sum(1) == 7).all()
+    assert (weights == draws(NEWS, 7, 50, seed=3)).all()
+    assert (weights != draws(NEWS, 7, 50, seed=4)).any()
+    assert (weights != draws(TITLES, 7, 50, seed=3)).any()
+
+
+def test_bootstrap_equals_a_loop_over_the_same_resamples():
+    sums, other = (confusion(np.random.default_rng(seed), 9) for seed in (0, 1))
+    weights = draws(NEWS, 9, 80, seed=0)
+    own, gap = {"accuracy": [], "f1": []}, {"accuracy": [], "f1": []}
+    for row in weights:
+        index = np.repeat(np.arange(9), row.astype(int))
+        left, right = (values(NEWS, s[index].sum(0)) for s in (sums, other))
+        for name in own:
+            own[name].append(left[name])
+            gap[name].append(left[name] - right[name])
+    for name in own:
+        found, apart = estimates(NEWS, sums, weights)[name], differences(NEWS, sums, other, weights)[name]
+        assert (found.low, found.high) == pytest.approx(interval(np.array(own[name])))
+        assert (apart.low, apart.high) == pytest.approx(interval(np.array(gap[name])))
+        assert found.value == pytest.approx(values(NEWS, sums.sum(0))[name])
+
+
+def test_a_setting_does_not_differ_from_itself():
+    sums = generation(np.random.default_rng(0), 20, 0.5)
+    for found in differences(TITLES, sums, sums.copy(), draws(TITLES, 20, 500, seed=0)).values():
+        assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+        assert not found.significant
+
+
+def test_interval_agrees_with_scipys_percentile_bootstrap():
+    sums = generation(np.random.default_rng(1), 40, 0.5)
+    found = estimates(TITLES, sums, draws(TITLES, 40, 4000, seed=0))["rouge1"]
+    per_user = sums[:, 1] / sums[:, 0]
+    expected = stats.bootstrap((per_user,), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.003)
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        found = estimates(TITLES, generation(rng, 40, 0.5), draws(TITLES, 40, 400, seed))["rouge1"]
+        covered += found.low <= 0.5 <= found.high
+    assert 180 <= covered <= 198
+
+
+def test_pairing_finds_what_users_would_hide():
+    rng = np.random.default_rng(5)
+    before = generation(rng, 40, 0.5)
+    after = before.copy()
+    after[:, 1:] += 4 * (0.02 + 0.01 * rng.standard_normal((40, 1)))
+    weights = draws(TITLES, 40, 1000, seed=0)
+    found = differences(TITLES, after, before, weights)["rouge1"]
+    assert found.significant
+    assert found.low < 0.02 < found.high
+    assert found.p_value == 1 / 1001
+    plain = estimates(TITLES, after, weights)["rouge1"]
+    assert plain.high - plain.low > 5 * (found.high - found.low)
+
+
+def test_without_an_effect_about_1_in_20_is_significant():
+    false = 0
+    for seed in range(200):
+        rng = np.random.default_rng(1000 + seed)
+        before, after = generation(rng, 30, 0.5), generation(rng, 30, 0.5)
+        false += differences(TITLES, after, before, draws(TITLES, 30, 400, seed))["rouge1"].significant
+    assert 2 <= false <= 22
+
+
+@pytest.mark.parametrize("resamples", [20, 40, 41, 100, 130, 999, 1000])
+def test_p_below_5_percent_is_an_interval_without_zero(resamples):
+    for below in range(resamples + 1):
+        sample = np.concatenate([-np.ones(below), np.ones(resamples - below)])
+        low, high = interval(sample)
+        assert (p_value(sample, users=100) < 0.05) == (low > 0 or high < 0)
+
+
+def test_few_users_prove_nothing():
+    sample = np.ones(2000)
+    assert p_value(sample, users=1) == 1
+    assert p_value(sample, users=5) == 0.0625
+    assert p_value(sample, users=6) < 0.05
+    assert p_value(sample, users=100) == 1 / 2001
+
+
+def test_other_users_are_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="not paired"):
+        differences(TITLES, generation(rng, 5, 0.5), generation(rng, 6, 0.5), draws(TITLES, 5, 10, 0))

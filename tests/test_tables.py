@@ -1,0 +1,249 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from oppu import table1 as t1
+from oppu.metrics import columns
+from oppu.records import InputError, Item, User
+from oppu.scores import score_texts
+from oppu.tables import (
+    Bootstrap,
+    Setting,
+    boards,
+    mixed_users,
+    read_csv,
+    references_table,
+    scores_table,
+    versus_table,
+    write_tables,
+)
+from oppu.tasks import task, tasks
+
+PAPER = Path(__file__).parents[1] / "data" / "paper"
+HOW = Bootstrap(resamples=200, seed=0)
+NEWS, RATING, TITLES = task("LaMP_2N"), task("LaMP_3"), task("LaMP_5")
+
+
+def answers(of, users, right, seed):
+    """Queries of users, and an answer to each that is right with the given chance."""
+    rng = np.random.default_rng(seed)
+    pool = of.labels or ["a study of parsing", "tagging for everyone", "on words", "a corpus of verbs"]
+    keys = [(f"u-{u:02}", f"{u}-{q}") for u in range(users) for q in range(5)]
+    golds = [pool[i] for i in np.random.default_rng(99).integers(len(pool), size=len(keys))]
+    given = {k: g if rng.random() < right else pool[0] for k, g in zip(keys, golds, strict=True)}
+    queries = pl.DataFrame({"user": [k[0] for k in keys], "id": [k[1] for k in keys], "gold": golds})
+    return queries, given
+
+
+def setting(of, augmentation, peft, right, seed=0, history="full", users=20):
+    queries, given = answers(of, users, right, seed)
+    return Setting(of, augmentation, peft, history, score_texts(of, queries, given).scored)
+
+
+def both(of, augmentation="k0"):
+    return [setting(of, augmentation, "none", 0.4), setting(of, augmentation, "lora", 0.8, seed=1)]
+
+
+def reference(of, right, seed=7):
+    return answers(of, 20, right, seed)[1]
+
+
+def only(table, **where):
+    found = table.filter(**where).rows(named=True)
+    assert len(found) == 1
+    return found[0]
+
+
+def test_scores_csv_has_the_fixed_columns(tmp_path):
+    write_tables(tmp_path, both(NEWS), {"LaMP_2N": {"user-majority": reference(NEWS, 0.6)}}, {}, HOW)
+    heads = {p.name: p.read_text().splitlines()[0] for p in tmp_path.glob("*.csv")}
+    assert heads["scores.csv"] == (
+        "task,augmentation,peft,history,metric,value,ci_low,ci_high,user_mean,diff,diff_low,diff_high,"
+        "n_users,n_queries,p_value,significant"
+    )
+    assert heads["references.csv"] == "task,reference,metric,value,ci_low,ci_high"
+    assert heads["versus.csv"] == (
+        "task,users,augmentation,peft,metric,against,value,other,diff,diff_low,diff_high,n_users,n_queries"
+    )
+    assert heads["table1.csv"] == (PAPER / "table1.csv").read_text().splitlines()[0]
+
+
+def test_scores_rows():
+    table = scores_table(boards(both(NEWS), {}, HOW))
+    assert len(table) == 4
+    none, lora = (only(table, peft=peft, metric="accuracy") for peft in ("none", "lora"))
+    assert none["diff"] is None and none["p_value"] is None and none["significant"] is None
+    assert lora["diff"] == pytest.approx(lora["value"] - none["value"])
+    assert lora["significant"] and lora["diff_low"] > 0
+    assert (lora["n_users"], lora["n_queries"]) == (20, 100)
+    assert lora["user_mean"] == pytest.approx(lora["value"])  # every user has five queries
+    assert lora["ci_low"] < lora["value"] < lora["ci_high"]
+
+
+def test_without_a_counterpart_the_difference_is_blank():
+    table = scores_table(boards([setting(NEWS, "k1", "lora", 0.8)], {}, HOW))
+    assert table["diff"].null_count() == 2
+    assert table["value"].null_count() == 0
+
+
+def test_counterparts_share_history_and_k0_has_one_for_all():
+    found = boards(
+        [
+            setting(NEWS, "k0", "none", 0.4),
+            setting(NEWS, "k1", "none", 0.4),
+            setting(NEWS, "k0", "lora", 0.8, history="irrelevant"),
+            setting(NEWS, "k1", "lora", 0.8, history="irrelevant"),
+        ],
+        {},
+        HOW,
+    )
+    table = scores_table(found)
+    assert only(table, augmentation="k0", peft="lora", metric="f1")["diff"] is not None
+    assert only(table, augmentation="k1", peft="lora", metric="f1")["diff"] is None
+    assert len(versus_table(found, {}, HOW)) == 0  # versus.csv is about the full history
+
+
+def test_settings_on_other_queries_are_refused():
+    with pytest.raises(InputError, match=r"LaMP_2N/k0/lora/full: 5 queries differ .* first user u-19, query 19-0"):
+        boards([setting(NEWS, "k0", "none", 0.4), setting(NEWS, "k0", "lora", 0.8, users=19)], {}, HOW)
+    with pytest.raises(InputError, match="LaMP_2N/k0/none/full: given twice"):
+        boards([setting(NEWS, "k0", "none", 0.4)] * 2, {}, HOW)
+
+
+def test_references_and_versus_agree():
+    right = reference(NEWS, 0.6)
+    found = boards(both(NEWS), {"LaMP_2N": {"user-majority": right}}, HOW)
+    line = only(references_table(found), reference="user-majority", metric="accuracy")
+    table = versus_table(found, {"LaMP_2N": {"u-00", "u-01", "u-02", "nobody"}}, HOW)
+    assert set(table["against"]) == {"none", "user-majority"}
+    everyone = only(table, users="all", against="user-majority", metric="accuracy")
+    assert everyone["other"] == pytest.approx(line["value"])
+    assert everyone["diff"] == pytest.approx(everyone["value"] - everyone["other"])
+    assert everyone["diff_low"] <= everyone["diff"] <= everyone["diff_high"]
+    mixed = only(table, users="mixed", against="none", metric="accuracy")
+    assert (mixed["n_users"], mixed["n_queries"]) == (3, 15)
+    few = [s.scored.filter(pl.col("user").is_in(["u-00", "u-01", "u-02"]))["correct"].mean() for s in both(NEWS)]
+    assert (mixed["other"], mixed["value"]) == pytest.approx(tuple(few))
+
+
+def test_a_reference_that_misses_a_query_is_refused():
+    right = reference(NEWS, 0.6)
+    right.pop(("u-03", "3-1"))
+    with pytest.raises(InputError, match="user u-03: query 3-1: no prediction"):
+        boards(both(NEWS), {"LaMP_2N": {"user-majority": right}}, HOW)
+
+
+def user(key, *labels):
+    return User(key, key, tuple(Item(str(i), None, {"text": "x", "category": y}) for i, y in enumerate(labels)), ())
+
+
+def test_mixed_users():
+    users = [
+        user("u-one", *["crime"] * 9),
+        user("u-edge", *["crime"] * 8, "women", "women"),
+        user("u-over", *["crime"] * 9, "women", "women"),
+        user("u-even", "crime", "women"),
+        user("u-none"),
+    ]
+    assert mixed_users(NEWS, users) == {"u-edge", "u-even"}
+    assert mixed_users(NEWS, users, share=0.5) == {"u-even"}
+    assert mixed_users(TITLES, users) == set()
+    assert mixed_users(task("LaMP_1"), users) == set()
+
+
+def test_table1_has_the_papers_shape():
+    every = [s for of in tasks().values() for a, p in t1.SETTINGS.values() for s in [setting(of, a, p, 0.5, users=7)]]
+    table = t1.table1(scores_table(boards(every, {}, Bootstrap(20, 0))))
+    with (PAPER / "table1.csv").open() as f:
+        paper = list(csv.DictReader(f))
+    assert table.columns == list(paper[0])
+    keys = ["task", "metric", "better"]
+    assert table.select(keys).rows() == [tuple(row[k] for k in keys) for row in paper]
+    assert all(cell for row in table.rows() for cell in row)
+
+
+def test_stars_are_improvements_only_and_columns_not_run_are_blank():
+    better, worse = both(RATING), [setting(RATING, "k1", "none", 0.8, seed=1), setting(RATING, "k1", "lora", 0.4)]
+    scores = scores_table(boards(better + worse, {}, HOW))
+    assert scores.filter(peft="lora")["significant"].all()
+    row = only(t1.table1(scores), metric="mae")
+    assert row["oppu_k0"].endswith("*") and row["oppu_k0"].startswith(".")
+    assert not row["oppu_k1"].endswith("*")
+    assert row["rag_k2"] is None and row["pag_oppu_k1"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.8031, ".803"),
+        (0.9996, "1.000"),
+        (1.25, "1.250"),
+        (0, ".000"),
+        (-0.04, "-.040"),
+        (-0.0001, ".000"),
+        (10.5, "10.500"),
+    ],
+)
+def test_numbers_are_written_as_in_the_paper(value, text):
+    assert t1.number(value) == text
+
+
+def test_section_5_gains_come_out_of_the_papers_table1():
+    gains = t1.gains(read_csv(PAPER / "table1.csv"))
+    said = {
+        ("LaMP_3", "mae"): 17.38,
+        ("LaMP_3", "rmse"): 8.89,
+        ("LaMP_2M", "accuracy"): 11.87,
+        ("LaMP_2M", "f1"): 7.56,
+        ("LaMP_5", "rouge1"): 3.42,
+        ("LaMP_5", "rougeL"): 3.87,
+        ("LaMP_1", "accuracy"): 3.48,
+        ("LaMP_1", "f1"): 3.52,
+    }
+    assert {key: gains[key] for key in said} == pytest.approx(said, abs=0.05)
+    assert len(t1.PAIRS) == 6
+
+
+def test_markdown_marks_best_and_second_as_the_paper_does():
+    lines = {
+        tuple(line.split("|")[1:3]): line for line in t1.markdown(read_csv(PAPER / "table1.csv")).splitlines()[2:16]
+    }
+    found = {tuple(p.strip(" ↑↓") for p in key): line for key, line in lines.items()}
+    marks = {
+        ("LaMP_1", "accuracy"): (r"**.797\***", r"<u>.772\*</u>"),
+        ("LaMP_2N", "accuracy"): (r"**.838\***", "<u>.834</u>"),
+        ("LaMP_2M", "f1"): (r"**.553\***", "<u>.542</u>"),  # the paper underlines .540, though .542 stands in the row
+        ("LaMP_3", "mae"): (r"**.143\***", r"<u>.179\*</u>"),
+        ("LaMP_3", "rmse"): (r"**.378\***", r"<u>.443\*</u>"),
+        ("LaMP_4", "rougeL"): (r"**.180\***", "<u>.178</u>"),
+        ("LaMP_5", "rouge1"): (r"**.526\***", r"<u>.525\*</u>"),
+        ("LaMP_7", "rougeL"): (r"**.533\***", r"<u>.531\*</u>"),
+    }
+    for key, (best, second) in marks.items():
+        assert best in found[key] and second in found[key]
+    assert found["LaMP_7", "rougeL"].count("**") == 4  # two share the best value
+    assert found["LaMP_2N", "accuracy"].count("|") == 16
+
+
+def test_equal_results_are_equal_bytes_and_read_back(tmp_path):
+    references = {"LaMP_5": {"lead": reference(TITLES, 0.2)}}
+    for folder in ("a", "b"):
+        write_tables(tmp_path / folder, both(TITLES), references, {}, HOW)
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == ["references.csv", "scores.csv", "table1.csv", "table1.md", "versus.csv"]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    scores = read_csv(tmp_path / "a" / "scores.csv")
+    assert scores.schema["significant"] == pl.Boolean
+    assert set(scores["metric"]) == set(columns(TITLES))
+
+
+def test_the_papers_other_tables_are_there():
+    assert read_csv(PAPER / "table4.csv")["task"].to_list() == list(tasks())
+    for row in read_csv(PAPER / "table4.csv").iter_rows(named=True):
+        personal = task(row["task"]).personal
+        paper = [float(row[k]) for k in ("rank", "epochs", "lr", "l2", "batch_size")]
+        assert paper == [personal.rank, personal.epochs, personal.lr, personal.weight_decay, personal.batch_size]

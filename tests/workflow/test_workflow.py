@@ -1,0 +1,152 @@
+"""Any cell rebuilds alone, and nothing else is rebuilt: counted on a real run of the real workflow."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.project import TEST_USERS, Project
+
+NOTHING = "Nothing to be done"
+SETTINGS = [f"LaMP_2N/{augmentation}/{peft}/full" for augmentation in ("k0", "k1") for peft in ("none", "lora")]
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    return {cell for cell in before.keys() | after.keys() if before.get(cell) != after.get(cell)}
+
+
+def test_a_run_makes_every_cell_and_table(finished: Project) -> None:
+    assert len(finished.cells()) == len(SETTINGS) * TEST_USERS
+    with (finished.folder / "results/tables/scores.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert {(r["augmentation"], r["peft"], r["metric"]) for r in rows} == {
+        (a, p, m) for a in ("k0", "k1") for p in ("none", "lora") for m in ("accuracy", "f1")
+    }
+    assert finished.made() == (2 * TEST_USERS, 4 * TEST_USERS)
+    for cell in finished.folder.glob("results/*/*/*/*/users/u-*/**/*"):
+        assert cell.is_dir() or cell.stat().st_mode & 0o077 == 0, f"{cell} can be read by others"
+
+
+def test_a_second_run_does_nothing(project: Project) -> None:
+    assert NOTHING in project.run()
+
+
+def test_touching_every_input_trains_nothing(project: Project) -> None:
+    before = project.cells()
+    for path in [*project.folder.glob("data/raw/*/*"), *project.folder.glob("results/*/split/histories/*")]:
+        path.touch()
+    project.run()
+    assert project.made() == (0, 0)
+    assert project.cells() == before
+
+
+def test_one_changed_history_changes_one_user(project: Project) -> None:
+    before = project.cells()
+    path = project.folder / "data/raw/LaMP_2N/dev_questions.json"
+    questions = json.loads(path.read_text())
+    person = questions[0]["user_id"]
+    for question in questions:
+        if question["user_id"] == person:
+            question["profile"][3]["text"] += " And one more thing."
+    path.write_text(json.dumps(questions))
+    project.run()
+    (user,) = {Path(cell).name for cell in changed(before, project.cells())}
+    assert json.loads((project.folder / f"results/LaMP_2N/split/histories/{user}.json").read_text())["id"] == person
+    after = project.cells()
+    for setting in SETTINGS:
+        cell = f"{setting}/users/{user}"
+        adapter = "adapter/adapter_model.safetensors"
+        assert ("lora" in setting) == (adapter in after[cell])
+        assert "lora" not in setting or before[cell][adapter] != after[cell][adapter]
+    assert project.made() == (2, 3), "two adapters; predictions but for k0 without an adapter, which reads no history"
+
+
+@pytest.mark.parametrize("what", ["folder", "adapter/adapter_model.safetensors", "predictions.jsonl", "cell.json"])
+def test_a_missing_file_brings_its_cell_back_in_a_plain_run(project: Project, what: str) -> None:
+    before = project.cells()
+    cell = project.folder / "results" / SETTINGS[1] / "users" / project.users()[2]
+    shutil.rmtree(cell) if what == "folder" else (cell / what).unlink()
+    project.run()
+    trained, predicted = project.made()
+    assert (trained, predicted) == (0 if what == "predictions.jsonl" else 1, 1)
+    assert project.cells() == before, "the cell comes back to the byte, the others keep theirs"
+    assert NOTHING in project.run()
+    project.forget_logs()
+    (cell / "predictions.jsonl").unlink()
+    project.run()
+    assert project.made() == (0, 1), "damage to the same cell is seen again"
+
+
+def test_a_flipped_byte_is_found_refused_and_mended(project: Project) -> None:
+    before = project.cells()
+    user = project.users()[1]
+    cell = f"{SETTINGS[3]}/users/{user}"
+    adapter = project.folder / "results" / cell / "adapter/adapter_model.safetensors"
+    data = bytearray(adapter.read_bytes())
+    data[-5] ^= 1
+    adapter.write_bytes(data)
+    report = project.oppu("verify", ok=False)
+    assert cell in report and "1 damaged" in report
+    failing = project.run("-R", "score", ok=False)
+    assert "score" in failing and "missing or changed" in project.logs()
+    assert not (project.folder / "results" / SETTINGS[3] / "scores.json").exists()
+    project.forget_logs()
+    project.run("-R", "cells")
+    assert project.made() == (1, 1)
+    assert project.cells() == before
+    assert "0 damaged" in project.oppu("verify")
+
+
+def test_one_cell_on_a_fresh_tree_builds_what_it_needs(finished: Project, tmp_path: Path) -> None:
+    fresh = Project.make(tmp_path / "project")
+    cell = f"{SETTINGS[3]}/users/{finished.users()[0]}"
+    fresh.run(f"results/{cell}/predictions.jsonl")
+    assert list(fresh.cells()) == [cell]
+    assert fresh.made() == (1, 1)
+    assert [str(p.parent.relative_to(fresh.folder)) for p in fresh.folder.glob("results/*/*/base/base.json")] == [
+        "results/LaMP_2N/k1/base"
+    ]
+    assert fresh.cells()[cell].keys() == finished.cells()[cell].keys()
+
+
+def test_a_failing_user_fails_again_and_never_leaves_old_scores(project: Project) -> None:
+    setting, user = SETTINGS[1], project.users()[0]
+    cell = project.folder / "results" / setting / "users" / user
+    shutil.rmtree(cell)
+    cell.write_text("a file stands where the folder should be")
+    others = {name: files for name, files in project.cells().items() if user not in name}
+    for _ in range(2):
+        text = project.run(ok=False)
+        assert NOTHING not in text
+        assert user in project.logs()
+        assert "1 of 2 users failed" in project.logs()
+    assert {name: files for name, files in project.cells().items() if user not in name} == others
+    cell.unlink()
+    project.run()
+    assert NOTHING in project.run()
+
+
+def test_a_comment_in_the_package_or_another_cohort_size_trains_nothing(project: Project) -> None:
+    before = project.cells()
+    project.config["users_per_job"] = 1
+    project.config["personal"]["tokens_per_batch"] = 4096
+    project.run()
+    assert project.made() == (0, 0)
+    assert project.cells() == before
+
+
+def test_a_hyperparameter_trains_its_settings_again(project: Project) -> None:
+    before = project.cells()
+    project.config["task_personal"] = {"LaMP_2N": {"lr": 1e-3}}
+    project.run()
+    assert project.made()[0] == 2 * TEST_USERS
+    assert changed(before, project.cells()) == {cell for cell in before if "/lora/" in cell}
+
+
+def test_a_surplus_key_in_the_config_is_refused(project: Project) -> None:
+    project.config["personal"]["learning_rate"] = 1
+    assert "learning_rate" in project.run("-n", ok=False)

@@ -1,0 +1,98 @@
+TABLES = [
+    f"{RESULTS}/tables/{name}"
+    for name in ("scores.csv", "references.csv", "versus.csv", "table1.csv", "table1.md", "results.txt")
+] + [f"{RESULTS}/figures/table1.svg"]
+
+
+# Takes users.json, base and recipe themselves, not only the stamps: a failed job must never leave old scores behind.
+rule score:
+    input:
+        cohorts=lambda w: cohorts(w.task, f"{w.augmentation}/{w.peft}/{w.history}"),
+        users=SPLIT + "/users.json",
+        queries=SPLIT + "/queries.parquet",
+        base=BASE + "/base.json",
+        recipe=SETTING + "/recipe.json",
+    output:
+        scores=SETTING + "/scores.json",
+        scored=SETTING + "/scored.parquet",
+        submission=SETTING + "/submission.json",
+    log:
+        LOGS + "/{task}/{augmentation}/{peft}/{history}/score.log",
+    conda:
+        "../../envs/oppu.yaml"
+    shell:
+        "oppu score {output.scores:q} --scored {output.scored:q} --submission {output.submission:q}"
+        " --task {wildcards.task:q} --users {input.users:q} --queries {input.queries:q} > {log:q} 2>&1"
+
+
+# What can be said without any model, from the same data.
+rule references:
+    input:
+        histories=lambda w: histories(w.task, users(w.task)),
+        users=SPLIT + "/users.json",
+        queries=SPLIT + "/queries.parquet",
+        base=base_users,
+    output:
+        TASK + "/references.json",
+    log:
+        LOGS + "/{task}/references.log",
+    conda:
+        "../../envs/oppu.yaml"
+    shell:
+        "oppu references {output:q} --task {wildcards.task:q} --base-users {input.base:q} {input.histories:q}"
+        " > {log:q} 2>&1"
+
+
+rule tables:
+    input:
+        scored=expand(RESULTS + "/{task}/{setting}/scored.parquet", task=TASKS, setting=SETTINGS),
+        references=expand(TASK + "/references.json", task=TASKS),
+    output:
+        tables=report(
+            TABLES[:-1],
+            caption="../report/tables.rst",
+            category="Tables",
+        ),
+        figure=report(TABLES[-1], caption="../report/table1.rst", category="Figures"),
+    params:
+        bootstrap=CONFIG.bootstrap,
+        seed=CONFIG.seed,
+        results=RESULTS,
+        tasks=" ".join(TASKS),
+        settings=" ".join(SETTINGS),
+    log:
+        LOGS + "/tables.log",
+    conda:
+        "../../envs/oppu.yaml"
+    shell:
+        "oppu tables {params.results:q} --tasks {params.tasks:q} --settings {params.settings:q}"
+        " --bootstrap {params.bootstrap:q} --seed {params.seed:q} > {log:q} 2>&1"
+
+
+# Hyperparameters are chosen on held-out base users: snakemake --cores all --configfile config/config.yaml config/tune.yaml -- tune
+rule tune_setting:
+    input:
+        histories=lambda w: histories(w.task, users(w.task)),
+        queries=SPLIT + "/queries.parquet",
+        base=BASE + "/base.json",
+        base_users=base_users,
+        recipe=TASK + "/{augmentation}/lora/full/recipe.json",
+    output:
+        TASK + "/{augmentation}/tune.csv",
+    params:
+        lr=" ".join(map(str, CONFIG.tune.lr)),
+        epochs=" ".join(map(str, CONFIG.tune.epochs)),
+    log:
+        LOGS + "/{task}/{augmentation}/tune.log",
+    resources:
+        mem_mb=4000,
+    conda:
+        "../../envs/oppu.yaml"
+    shell:
+        "oppu tune {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {input.base_users:q}"
+        " --queries {input.queries:q} --lr {params.lr:q} --epochs {params.epochs:q} {input.histories:q} > {log:q} 2>&1"
+
+
+rule tune:
+    input:
+        expand(TASK + "/{augmentation}/tune.csv", task=TASKS, augmentation=CONFIG.augmentations),
