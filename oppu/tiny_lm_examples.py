@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from oppu.profiles import extractive
 from oppu.prompts import Prompt
 from oppu.records import Item
-from oppu.tasks import render, task
+from oppu.tasks import task
 from oppu.tiny_lm_teacher import Teacher, Variant, labels
 from oppu.tiny_lm_texts import Document
 
 USER_PRIOR = 0.4
-"""Pseudo-counts of the global label mix: one retrieved label is then right with .72, as with real users."""
+"""Pseudo-counts of the global label mix: one retrieved label then has a chance of .72 and its global share of the rest."""
 PROFILE_COUNTS = 1.6
 """How many retrieved labels a profile's most popular category is worth."""
 OWN_LABEL = 0.4
@@ -77,23 +78,6 @@ def neighbours(texts: Sequence[str], count: int) -> np.ndarray:
         order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
         found[start : start + len(scores)] = np.take_along_axis(best, order, 1)
     return found
-
-
-def profile(name: str, texts: Sequence[str]) -> str:
-    """A profile of titles: their usual length, shape and words."""
-    words = Counter(w for text in texts for w in re.findall(r"\w+", text.lower()) if len(w) > 3)
-    length = round(float(np.mean([len(text.split()) for text in texts])))
-    shapes = Counter(_shape(text) for text in texts)
-    chosen = sorted(words, key=lambda w: (-words[w], w))[:8]
-    shape = shapes.most_common(1)[0][0]
-    return render(task(name).profile.form, {"length": str(length), "shape": shape, "words": ", ".join(chosen)})
-
-
-def _shape(text: str) -> str:
-    capitals = [w[0].isupper() for w in text.split() if w[0].isalpha() and len(w) > 3]
-    if not text[:1].isupper():
-        return "lower case"
-    return "Title Case" if capitals and np.mean(capitals) > 0.7 else "Sentence case"
 
 
 class Lessons:
@@ -240,9 +224,9 @@ class Lessons:
         d, others = documents[number], [documents[int(n)] for n in near[number]]
         style = STYLES[str(rng.choice(list(STYLES)))] if rng.random() < 0.4 else str
         k = int(rng.choice([0, 1, 2, 4], p=[0.3, 0.4, 0.2, 0.1]))
-        said = profile(name, [style(o.title) for o in others]) if k == 0 or rng.random() < 0.2 else None
-        rows = tuple(Item("", None, {field: _first(o.text, words), "title": style(o.title)}) for o in others[:k])
-        prompt = Prompt(task(name), {asked: _first(d.text, 200)}, rows, said)
+        history = tuple(Item("", None, {field: _first(o.text, words), "title": style(o.title)}) for o in others)
+        said = extractive(task(name), history) if k == 0 or rng.random() < 0.2 else None
+        prompt = Prompt(task(name), {asked: _first(d.text, 200)}, history[:k], said)
         return [Exchange(str(prompt), style(d.title))]
 
     # --- the other formats, from made-up answers ------------------------------------------------------------------

@@ -163,7 +163,9 @@ def collate(rows: Sequence[Row], length: int, pad: int, label_tokens: Sequence[i
     count = len(rows)
     arrays = {name: np.full((count, length), fill, dtype=np.int64) for name, fill in _FILL.items()}
     arrays["ids"][:] = pad
-    sources, soft, targets = [], [], []
+    sources: list[int] = []
+    soft: list[int] = []
+    targets: list[np.ndarray] = []
     for n, row in enumerate(rows):
         for name, array in arrays.items():
             values = getattr(row, name)

@@ -126,7 +126,7 @@ def tiny(tmp_path_factory) -> list[Path]:
     config = TinyLM(vocabulary=600, width=32, layers=2, heads=2, inner=64, steps=3, batch_tokens=1024, long_every=3)
     folders = [tmp_path_factory.mktemp("tiny") / str(n) for n in range(2)]
     for folder in folders:
-        losses = train_tiny_lm(CORPUS, DATA, folder, config)
+        losses = train_tiny_lm(CORPUS, DATA, folder, config=config)
         assert losses[-1]["step"] == 3 and 0 < losses[-1]["loss"] < 10
     return folders
 
