@@ -142,4 +142,4 @@ class Items:
         if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw):
             return None
         self.counts["numbers_as_text"] += 1
-        return str(int(raw)) if raw == int(raw) and abs(raw) < 1e16 else str(raw)
+        return str(int(raw)) if raw == int(raw) else str(raw)
