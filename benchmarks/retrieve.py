@@ -44,7 +44,7 @@ def fresh_scores(documents: list[str], queries: list[str]) -> list[np.ndarray]:
 
 def ranked(scores: np.ndarray, k: int) -> list[int]:
     """Higher score first, then the more recent."""
-    return sorted(range(len(scores)), key=lambda place: (-scores[place], -place))[:k]
+    return (len(scores) - 1 - np.argsort(-scores[::-1], kind="stable")[:k]).tolist()
 
 
 def fresh_top_k(documents: list[str], queries: list[str], k: int) -> list[list[int]]:

@@ -47,8 +47,9 @@ def _best(scores: np.ndarray, k: int) -> list[int]:
     n = len(scores)
     if k <= 0 or n == 0:
         return []
-    places = np.flatnonzero(scores >= np.partition(scores, n - k)[n - k])[::-1] if k < n else np.arange(n)[::-1]
-    return places[np.argsort(-scores[places], kind="stable")][:k].tolist()
+    least = np.partition(scores, n - k)[n - k] if k < n else -np.inf
+    places = (scores >= least).nonzero()[0][::-1]
+    return places[(-scores[places]).argsort(kind="stable")][:k].tolist()
 
 
 class Index:
@@ -109,7 +110,7 @@ def prefix_scores(documents: Sequence[str], queries: Sequence[str]) -> Iterator[
         words = np.array([w for w in map(past.number.get, query.split(" ")) if w is not None and w < seen], dtype=int)
         idf = idf_of[frequency[words]]
         if (common := idf < 0).any():
-            total = np.add.accumulate(idf_of[frequency[:seen]])[-1]
+            total = np.add.accumulate(idf_of.take(frequency[:seen]))[-1]
             idf[common] = EPSILON * (total / seen)
         norm = K1 * (1 - B + B * past.lengths[:i] / (tokens / i)) if i else np.zeros(0)
         yield _summed(past, words, frequency[words], idf, norm)
@@ -120,9 +121,10 @@ def prefix_scores(documents: Sequence[str], queries: Sequence[str]) -> Iterator[
 
 def _summed(past: _Postings, words: np.ndarray, counts: np.ndarray, idf: np.ndarray, norm: np.ndarray) -> np.ndarray:
     """BM25 scores from the first `counts` postings of each word; bincount adds one by one, in order."""
-    places = np.repeat(past.starts[words] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-    documents, times = past.documents[places], past.times[places]
-    parts = np.repeat(idf, counts) * (times * (K1 + 1) / (times + norm[documents]))
+    ends = counts.cumsum()
+    places = (past.starts[words] - ends + counts).repeat(counts) + np.arange(ends[-1] if len(ends) else 0)
+    documents, times = past.documents.take(places), past.times.take(places)
+    parts = idf.repeat(counts) * (times * (K1 + 1) / (times + norm.take(documents)))
     return np.bincount(documents, weights=parts, minlength=len(norm)).astype(np.float64, copy=False)
 
 
