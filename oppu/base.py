@@ -99,7 +99,9 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     lora = keys.lora_of(recipe)
     name = (recipe["seed"], recipe["task"]["name"], recipe["augmentation"])
     bank = LoraBank(model, lora, 1, seed_of(*name, "base", "initial parameters"))
-    steps = plan(len(examples), lora.epochs, lora.batch_size, seed_text(*name, "base", "data order"))
+    steps = plan(
+        len(examples), int(lora.epochs or 0), int(lora.batch_size or 0), seed_text(*name, "base", "data order")
+    )
     log.info("%s: %d examples of %d base users, %d steps", folder, len(examples), len(users), len(steps))
     seeds = [seed_of(*name, "base", "dropout")]
     progress = progress_log(f"base {recipe['task']['name']}/{recipe['augmentation']}")

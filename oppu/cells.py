@@ -148,9 +148,12 @@ def run(stamp: Path, recipe: Path, base: Path, histories: Sequence[Path], base_u
             lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
             raise InputError([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"])
         files = {
-            f"users/{c.user.key}/{name}" for c in cells for e in c.record["artefacts"].values() for name in e["files"]
+            f"../users/{c.user.key}/{name}"
+            for c in cells
+            for e in c.record["artefacts"].values()
+            for name in e["files"]
         }
-        files |= {f"users/{c.user.key}/cell.json" for c in cells}
+        files |= {f"../users/{c.user.key}/cell.json" for c in cells}
         write_json(stamp, {"users": sorted(names), "files": sorted(files), "mended": mended})
 
 

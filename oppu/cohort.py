@@ -18,7 +18,6 @@ from oppu.examples import Context, history_examples, query_prompts
 from oppu.generation import generate
 from oppu.models import load_base, load_tokenizer
 from oppu.packing import Example
-from oppu.prompts import Tokenizer
 from oppu.recipe import base_digest, lora_of
 from oppu.records import Item, User
 from oppu.retrieval import parse_augmentation
@@ -79,7 +78,7 @@ class Cohort:
         self.row = {key: n for n, key in enumerate(self.users)}
         self.accelerator = Accelerator()
         model = recipe["runtime"]["model"]
-        self.tokenizer: Tokenizer = load_tokenizer(model["path"], model["revision"])
+        self.tokenizer = load_tokenizer(model["path"], model["revision"])
         self.model = load_base(
             model["path"], model["revision"], recipe["model"]["dtype"], self.accelerator.device, base / "adapter"
         )
@@ -122,7 +121,7 @@ class Cohort:
                 continue
             order = seed_text(self.recipe["seed"], self.context.task.name, key, "data order")
             count = len(examples[self.row[key]])
-            plans[self.row[key]] = plan(count, self.lora.epochs, self.lora.batch_size, order)
+            plans[self.row[key]] = plan(count, int(self.lora.epochs or 0), int(self.lora.batch_size or 0), order)
             if not count:
                 finished(key)
         rows = {row: key for key, row in self.row.items()}

@@ -23,7 +23,8 @@ class Split(Closed):
         100, description="the N users with the longest histories, or 'dev': the users of the dev files"
     )
     exclude: list[str] = Field(
-        [], description="user keys (u-…) left out of everything, after the ranking: split, base, profiles, personal training"
+        [],
+        description="user keys (u-…) left out, after the ranking, of split, base, profiles and personal training",
     )
     heldout_queries: int = Field(
         0,
@@ -162,7 +163,7 @@ def load(values: dict[str, Any]) -> Config:
 
 def schema() -> dict[str, Any]:
     """The JSON schema that Snakemake's `validate` uses (workflow/schemas/config.schema.yaml is generated from it)."""
-    return {"$schema": "http://json-schema.org/draft-07/schema#", **Config.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
 def describe() -> str:

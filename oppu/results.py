@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,13 +48,11 @@ def references(out: Path, task: str, base_users: Path, histories: Sequence[Path]
 
 def tables_of(folder: Path, tasks: Sequence[str], settings: Sequence[str], bootstrap: int, seed: int) -> None:
     """Write tables/ and figures/ of a results folder from its scored settings and references."""
-    scored = [
-        tables.Setting(
-            task_record(task), *setting.split("/"), pl.read_parquet(folder / task / setting / "scored.parquet")
-        )
-        for task in tasks
-        for setting in settings
-    ]
+    scored = []
+    for task, setting in itertools.product(tasks, settings):
+        augmentation, peft, history = setting.split("/")
+        table = pl.read_parquet(folder / task / setting / "scored.parquet")
+        scored.append(tables.Setting(task_record(task), augmentation, peft, history, table))
     lines = {task: _flat(read_json(folder / task / "references.json")) for task in tasks}
     mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
     tables.write_tables(folder / "tables", scored, lines, mixed, tables.Bootstrap(bootstrap, seed))

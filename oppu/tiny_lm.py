@@ -80,9 +80,7 @@ def train_tiny_lm(
     import torch
 
     config = config or TinyLM()
-    config = replace(
-        config, steps=config.steps if steps is None else steps, seed=config.seed if seed is None else seed
-    )
+    config = replace(config, steps=config.steps if steps is None else steps, seed=config.seed if seed is None else seed)
     documents = training_texts(corpus, data)
     log.info("%d documents to learn from", len(documents))
     tokenizer = make_tokenizer(documents, config.vocabulary, config.positions)

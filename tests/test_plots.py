@@ -4,10 +4,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.synthetic import HOW, NEWS, RATING, both, reference, setting
 
 from oppu.plots import spread, table1_figure, write_figure
 from oppu.tables import boards, references_table, scores_table
+from tests.synthetic import HOW, NEWS, RATING, both, reference, setting
 
 
 def figure(settings, references):

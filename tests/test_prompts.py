@@ -22,7 +22,9 @@ def item(text: str, category: str = "politics") -> Item:
 
 
 def test_profile_then_items_best_first_then_instruction() -> None:
-    prompt = Prompt(NEWS, {"article": "new"}, (item("best\none"), item("second", "crime")), "most popular category: crime")
+    prompt = Prompt(
+        NEWS, {"article": "new"}, (item("best\none"), item("second", "crime")), "most popular category: crime"
+    )
     lines = str(prompt).split("\n")
     assert lines[:3] == [
         "most popular category: crime",

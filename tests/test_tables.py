@@ -6,7 +6,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from tests.synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 
 from oppu import table1 as t1
 from oppu.metrics import columns
@@ -24,6 +23,7 @@ from oppu.tables import (
     write_tables,
 )
 from oppu.tasks import task, tasks
+from tests.synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 
 PAPER = Path(__file__).parents[1] / "data" / "paper"
 

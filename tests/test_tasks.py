@@ -27,7 +27,7 @@ def test_all_seven_tasks_with_table_4() -> None:
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match="LaMP_6.*LaMP_1, LaMP_2N"):
+    with pytest.raises(InputError, match=r"LaMP_6.*LaMP_1, LaMP_2N"):
         task("LaMP_6")
 
 

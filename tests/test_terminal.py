@@ -1,10 +1,10 @@
 import pytest
-from tests.synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 
 from oppu.table1 import SETTINGS
 from oppu.tables import write_tables
 from oppu.tasks import task, tasks
 from oppu.terminal import terminal_table
+from tests.synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 
 
 @pytest.fixture

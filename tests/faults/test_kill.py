@@ -15,7 +15,11 @@ def test_a_killed_run_continues_and_keeps_finished_users(tmp_path: Path) -> None
     project = Project.make(tmp_path / "project", augmentations=["k0"], peft=["lora"], users_per_job=100)
     project.config["personal"] |= {"epochs": 6, "batch_size": 2, "tokens_per_batch": 64}  # one user at a time
     run = subprocess.Popen(
-        project.command(), cwd=project.folder, env=project.environment(), start_new_session=True, stdout=subprocess.DEVNULL
+        project.command(),
+        cwd=project.folder,
+        env=project.environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
     )
     users = project.folder / "results/LaMP_2N/k0/lora/full/users"
     deadline = time.monotonic() + 300
@@ -29,7 +33,12 @@ def test_a_killed_run_continues_and_keeps_finished_users(tmp_path: Path) -> None
     finished = {path.parents[1].name for path in kept}
     assert 1 <= len(finished) < TEST_USERS
     done = subprocess.run(
-        ["make", "-s", "resume"], cwd=project.folder, env=project.environment(), capture_output=True, text=True, check=False
+        ["make", "-s", "resume"],
+        cwd=project.folder,
+        env=project.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr + project.logs()
     assert project.made() == (TEST_USERS - len(finished), TEST_USERS)

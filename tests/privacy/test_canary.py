@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -29,7 +28,9 @@ def canary(user_id: str) -> str:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A finished run on data in which every item of every user carries that user's canary."""
-    project = Project.make(tmp_path_factory.mktemp("canary") / "project", augmentations=AUGMENTATIONS, users_per_job=100)
+    project = Project.make(
+        tmp_path_factory.mktemp("canary") / "project", augmentations=AUGMENTATIONS, users_per_job=100
+    )
     for part in ("dev", "train"):
         path = project.folder / f"data/raw/LaMP_2N/{part}_questions.json"
         questions = json.loads(path.read_text())

@@ -10,7 +10,7 @@ from oppu import config as settings
 from oppu import recipe
 from oppu.records import InputError
 
-validate(config, workflow.source_path("../schemas/config.schema.json"))
+validate(config, workflow.source_path("../schemas/config.schema.json"), set_default=False)
 try:
     CONFIG = settings.load(config)
 except InputError as error:
@@ -21,12 +21,12 @@ RESULTS = CONFIG.results
 TASKS = CONFIG.tasks
 SETTINGS = [f"{a}/{p}/{h}" for a in CONFIG.augmentations for p in CONFIG.peft for h in CONFIG.history]
 
-TASK = RESULTS + "/{task}"
-SPLIT = TASK + "/split"
-BASE = TASK + "/{augmentation}/base"
-SETTING = TASK + "/{augmentation}/{peft}/{history}"
-LOGS = RESULTS + "/logs"
-BENCHMARKS = RESULTS + "/benchmarks"
+TASK = f"{RESULTS}/{{task}}"
+SPLIT = f"{TASK}/split"
+BASE = f"{TASK}/{{augmentation}}/base"
+SETTING = f"{TASK}/{{augmentation}}/{{peft}}/{{history}}"
+LOGS = f"{RESULTS}/logs"
+BENCHMARKS = f"{RESULTS}/benchmarks"
 
 
 wildcard_constraints:
@@ -79,3 +79,41 @@ def mended(stamp):
 
 def as_json(value):
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def raw_files(task):
+    "LaMP's files of a task, as they are: compressed or not, train and dev."
+    names = [
+        f"{part}_{kind}.json{end}"
+        for part in ("train", "dev")
+        for kind in ("questions", "outputs")
+        for end in ("", ".gz")
+    ]
+    found = [path for path in (f"{CONFIG.data}/{task}/{name}" for name in names) if os.path.exists(path)]
+    return found or [f"{CONFIG.data}/{task}/dev_questions.json"]
+
+
+def model_files(w):
+    "The files of a local model folder; a model on the hub has none here."
+    folder = CONFIG.model.path
+    if not os.path.isdir(folder):
+        return []
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json")))
+
+
+def base_users(w):
+    "Base users' histories and queries; written by `split` without being declared."
+    return os.path.join(os.path.dirname(checkpoints.split.get(task=w.task).output.users), "base.jsonl")
+
+
+def members(w):
+    "History files of a cohort; a cohort is a number or, for one cell alone, a user's key."
+    everyone = users(w.task)
+    if w.cohort in everyone:
+        return histories(w.task, [w.cohort])
+    if w.cohort.isdigit():
+        return histories(
+            w.task,
+            everyone[int(w.cohort) * CONFIG.users_per_job :][: CONFIG.users_per_job],
+        )
+    raise WorkflowError(f"{w.task} has no test user {w.cohort}; `oppu users {RESULTS}/{w.task}` lists them")

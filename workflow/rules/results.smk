@@ -1,6 +1,13 @@
 TABLES = [
     f"{RESULTS}/tables/{name}"
-    for name in ("scores.csv", "references.csv", "versus.csv", "table1.csv", "table1.md", "results.txt")
+    for name in (
+        "scores.csv",
+        "references.csv",
+        "versus.csv",
+        "table1.csv",
+        "table1.md",
+        "results.txt",
+    )
 ] + [f"{RESULTS}/figures/table1.svg"]
 
 
@@ -8,16 +15,16 @@ TABLES = [
 rule score:
     input:
         cohorts=lambda w: cohorts(w.task, f"{w.augmentation}/{w.peft}/{w.history}"),
-        users=SPLIT + "/users.json",
-        queries=SPLIT + "/queries.parquet",
-        base=BASE + "/base.json",
-        recipe=SETTING + "/recipe.json",
+        users=f"{SPLIT}/users.json",
+        queries=f"{SPLIT}/queries.parquet",
+        base=f"{BASE}/base.json",
+        recipe=f"{SETTING}/recipe.json",
     output:
-        scores=SETTING + "/scores.json",
-        scored=SETTING + "/scored.parquet",
-        submission=SETTING + "/submission.json",
+        scores=f"{SETTING}/scores.json",
+        scored=f"{SETTING}/scored.parquet",
+        submission=f"{SETTING}/submission.json",
     log:
-        LOGS + "/{task}/{augmentation}/{peft}/{history}/score.log",
+        f"{LOGS}/{{task}}/{{augmentation}}/{{peft}}/{{history}}/score.log",
     conda:
         "../../envs/oppu.yaml"
     shell:
@@ -29,13 +36,13 @@ rule score:
 rule references:
     input:
         histories=lambda w: histories(w.task, users(w.task)),
-        users=SPLIT + "/users.json",
-        queries=SPLIT + "/queries.parquet",
+        users=f"{SPLIT}/users.json",
+        queries=f"{SPLIT}/queries.parquet",
         base=base_users,
     output:
-        TASK + "/references.json",
+        f"{TASK}/references.json",
     log:
-        LOGS + "/{task}/references.log",
+        f"{LOGS}/{{task}}/references.log",
     conda:
         "../../envs/oppu.yaml"
     shell:
@@ -45,8 +52,12 @@ rule references:
 
 rule tables:
     input:
-        scored=expand(RESULTS + "/{task}/{setting}/scored.parquet", task=TASKS, setting=SETTINGS),
-        references=expand(TASK + "/references.json", task=TASKS),
+        scored=expand(
+            f"{RESULTS}/{{task}}/{{setting}}/scored.parquet",
+            task=TASKS,
+            setting=SETTINGS,
+        ),
+        references=expand(f"{TASK}/references.json", task=TASKS),
     output:
         tables=report(
             TABLES[:-1],
@@ -54,16 +65,16 @@ rule tables:
             category="Tables",
         ),
         figure=report(TABLES[-1], caption="../report/table1.rst", category="Figures"),
+    log:
+        f"{LOGS}/tables.log",
+    conda:
+        "../../envs/oppu.yaml"
     params:
         bootstrap=CONFIG.bootstrap,
         seed=CONFIG.seed,
-        results=RESULTS,
+        results=lambda w: RESULTS,
         tasks=" ".join(TASKS),
         settings=" ".join(SETTINGS),
-    log:
-        LOGS + "/tables.log",
-    conda:
-        "../../envs/oppu.yaml"
     shell:
         "oppu tables {params.results:q} --tasks {params.tasks:q} --settings {params.settings:q}"
         " --bootstrap {params.bootstrap:q} --seed {params.seed:q} > {log:q} 2>&1"
@@ -73,21 +84,21 @@ rule tables:
 rule tune_setting:
     input:
         histories=lambda w: histories(w.task, users(w.task)),
-        queries=SPLIT + "/queries.parquet",
-        base=BASE + "/base.json",
+        queries=f"{SPLIT}/queries.parquet",
+        base=f"{BASE}/base.json",
         base_users=base_users,
-        recipe=TASK + "/{augmentation}/lora/full/recipe.json",
+        recipe=f"{TASK}/{{augmentation}}/lora/full/recipe.json",
     output:
-        TASK + "/{augmentation}/tune.csv",
+        f"{TASK}/{{augmentation}}/tune.csv",
+    log:
+        f"{LOGS}/{{task}}/{{augmentation}}/tune.log",
+    conda:
+        "../../envs/oppu.yaml"
+    resources:
+        mem_mb=4000,
     params:
         lr=" ".join(map(str, CONFIG.tune.lr)),
         epochs=" ".join(map(str, CONFIG.tune.epochs)),
-    log:
-        LOGS + "/{task}/{augmentation}/tune.log",
-    resources:
-        mem_mb=4000,
-    conda:
-        "../../envs/oppu.yaml"
     shell:
         "oppu tune {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {input.base_users:q}"
         " --queries {input.queries:q} --lr {params.lr:q} --epochs {params.epochs:q} {input.histories:q} > {log:q} 2>&1"
@@ -95,4 +106,8 @@ rule tune_setting:
 
 rule tune:
     input:
-        expand(TASK + "/{augmentation}/tune.csv", task=TASKS, augmentation=CONFIG.augmentations),
+        expand(
+            f"{TASK}/{{augmentation}}/tune.csv",
+            task=TASKS,
+            augmentation=CONFIG.augmentations,
+        ),
