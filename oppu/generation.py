@@ -112,7 +112,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.devic
 def _greedy(model: PreTrainedModel, tokenizer: Tokenizer, max_new_tokens: int) -> GenerationConfig:
     """Greedy decoding that ends at the tokenizer's end-of-text token or at any that the model itself ends with.
 
-    Every other setting is the library's default: a model's own sampling defaults must not change answers silently.
+    `load_model` has dropped the model's other settings, which `generate` would fall back on.
     """
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
