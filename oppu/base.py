@@ -10,12 +10,11 @@ from typing import Any
 
 from oppu import recipe as keys
 from oppu.cells import pool_of
-from oppu.files import file_digest, folder_digests, lock, new_folder, read_json, write_json
+from oppu.config import parse_augmentation
+from oppu.files import file_digest, folder_digests, lock, new_folder, read_base, read_json, write_json
 from oppu.profiles import extractive
 from oppu.records import InputError, User
-from oppu.retrieval import parse_augmentation
 from oppu.seeds import seed_of, seed_text
-from oppu.split import read_base
 from oppu.tasks import tasks
 
 log = logging.getLogger(__name__)

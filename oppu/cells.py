@@ -18,11 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from oppu import recipe as keys
-from oppu.files import digest, file_digest, folder_digests, new_folder, read_json, write_bytes, write_json
+from oppu.config import parse_augmentation
+from oppu.files import (
+    digest,
+    file_digest,
+    folder_digests,
+    new_folder,
+    read_base,
+    read_json,
+    read_user,
+    write_bytes,
+    write_json,
+)
 from oppu.profiles import extractive
 from oppu.records import InputError, Item, User
-from oppu.retrieval import parse_augmentation
-from oppu.split import read_base, read_user
 from oppu.tasks import tasks
 
 log = logging.getLogger(__name__)

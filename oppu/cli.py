@@ -77,7 +77,7 @@ def split(
 @app.command()
 def users(folder: Annotated[Path, typer.Argument(help="results folder of a task, e.g. results/LaMP_2N")]) -> None:
     """List a task's test users: key, LaMP's own id, history items, queries."""
-    from oppu.split import read_user, read_users
+    from oppu.files import read_user, read_users
 
     for key in read_users(folder / "split" / "users.json"):
         user = read_user(folder / "split" / "histories" / f"{key}.json")

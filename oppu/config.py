@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -14,6 +15,24 @@ from oppu.tasks import Closed, tasks
 AUGMENTATION = re.compile(r"(profile-)?k(\d+)|random")
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What a prompt carries: a profile or not, and k items of the history, or one random item (then k is 1)."""
+
+    profile: bool
+    k: int
+    random: bool = False
+
+
+def parse_augmentation(name: str) -> Augmentation:
+    """`k0`, `k4`, `profile-k1`, `random` as a record; InputError for any other name."""
+    match = AUGMENTATION.fullmatch(name)
+    if match is None:
+        raise InputError([f"augmentation {name!r} is none of k0, k1, …, random, profile-k0, profile-k1"])
+    profile, k = match.groups()
+    return Augmentation(False, 1, random=True) if k is None else Augmentation(profile is not None, int(k))
 
 
 class Split(Closed):

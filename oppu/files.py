@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from oppu.records import User
+
 
 def digest(value: Any) -> str:
     """sha256 of a value's canonical JSON (sorted keys, no spaces)."""
@@ -119,3 +121,18 @@ def lock(path: Path, what: str) -> Iterator[None]:
                 f"{what} is being written by another run (lock {path}); wait for it or stop it"
             ) from None
         yield
+
+
+def read_users(path: Path) -> list[str]:
+    """The keys of the test users, from users.json."""
+    return list(read_json(path)["users"])
+
+
+def read_user(path: Path) -> User:
+    """A test user, without golds, from histories/{key}.json."""
+    return User.from_json(read_json(path))
+
+
+def read_base(path: Path) -> list[User]:
+    """The base users, with golds, from base.jsonl."""
+    return [User.from_json(json.loads(line)) for line in path.read_bytes().split(b"\n") if line]

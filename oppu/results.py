@@ -10,11 +10,11 @@ import polars as pl
 
 from oppu import scores, tables
 from oppu.cells import read_predictions
-from oppu.files import read_json, write_bytes, write_json
+from oppu.files import read_base, read_json, read_user, read_users, write_bytes, write_json
 from oppu.plots import table1_figure, write_figure
 from oppu.records import InputError
 from oppu.references import references as predict_references
-from oppu.split import read_base, read_queries, read_user, read_users
+from oppu.split import read_queries
 from oppu.tasks import task as task_record
 from oppu.terminal import terminal_table
 

@@ -16,30 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from rank_bm25 import BM25Okapi
 
-from oppu.config import AUGMENTATION
+from oppu.config import Augmentation
 from oppu.files import digest
-from oppu.records import InputError, Item, Query
+from oppu.records import Item, Query
 from oppu.tasks import Task, fields_of, render
 
 K1, B, EPSILON = 1.5, 0.75, 0.25
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What a prompt carries: a profile or not, and k items of the history, or one random item (then k is 1)."""
-
-    profile: bool
-    k: int
-    random: bool = False
-
-
-def parse_augmentation(name: str) -> Augmentation:
-    """`k0`, `k4`, `profile-k1`, `random` as a record; InputError for any other name."""
-    match = AUGMENTATION.fullmatch(name)
-    if match is None:
-        raise InputError([f"augmentation {name!r} is none of k0, k1, …, random, profile-k0, profile-k1"])
-    profile, k = match.groups()
-    return Augmentation(False, 1, random=True) if k is None else Augmentation(profile is not None, int(k))
 
 
 def _best(scores: np.ndarray, k: int) -> list[int]:

@@ -19,7 +19,7 @@ import polars as pl
 
 from oppu import lamp
 from oppu.config import Split
-from oppu.files import read_json, write_if_changed
+from oppu.files import write_if_changed
 from oppu.lamp import Question
 from oppu.records import InputError, Item, Query, User
 from oppu.tasks import Task, fields_of, render
@@ -226,21 +226,6 @@ def write(result: SplitResult, task: Task, out: Path, mended: str = "-") -> None
 
 def _json(value: object, indent: int | None = None) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def read_users(path: Path) -> list[str]:
-    """The keys of the test users, from users.json."""
-    return list(read_json(path)["users"])
-
-
-def read_user(path: Path) -> User:
-    """A test user, without golds, from histories/{key}.json."""
-    return User.from_json(read_json(path))
-
-
-def read_base(path: Path) -> list[User]:
-    """The base users, with golds, from base.jsonl."""
-    return [User.from_json(json.loads(line)) for line in path.read_bytes().split(b"\n") if line]
 
 
 def read_queries(path: Path) -> pl.DataFrame:

@@ -12,12 +12,12 @@ from typing import Any
 import polars as pl
 
 from oppu.cells import pool_of
-from oppu.files import read_json, write_bytes
+from oppu.config import parse_augmentation
+from oppu.files import read_json, read_user, write_bytes
 from oppu.profiles import extractive
 from oppu.recipe import lora_of
-from oppu.retrieval import parse_augmentation
 from oppu.scores import score
-from oppu.split import read_queries, read_user
+from oppu.split import read_queries
 from oppu.tasks import tasks
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,10 @@ import pytest
 from oppu import base, cohort
 from oppu.cells import pool_of
 from oppu.examples import history_examples, query_prompts
-from oppu.files import read_json
+from oppu.files import read_base, read_json, read_user
 from oppu.models import load_tokenizer
 from oppu.profiles import extractive
 from oppu.records import User
-from oppu.split import read_base, read_user
 from oppu.tasks import task
 from tests.workflow.project import ROOT, Project
 
