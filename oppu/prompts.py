@@ -52,7 +52,9 @@ def shorten(tokenizer: Tokenizer, text: str, excess: int) -> tuple[str, int]:
     """The text less its last `excess` tokens (all of it at most), and how many went."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     kept = max(len(offsets) - excess, 0)
-    return text[: offsets[kept - 1][1]].rstrip() if kept else "", len(offsets) - kept
+    # Where the first token to go begins: several tokens can share one character, which then goes whole.
+    end = min(offsets[kept][0], len(text) - 1) if kept < len(offsets) else 0
+    return text[:end].rstrip(), len(offsets) - kept
 
 
 def fit(prompt: Prompt, tokenizer: Tokenizer, budget: int) -> Prompt:

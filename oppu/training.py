@@ -46,6 +46,11 @@ def plan(n_examples: int, epochs: int, batch_size: int, seed_text: str) -> list[
     return steps
 
 
+def warmup_steps(lora: Lora, steps: int) -> int:
+    """Steps of warm-up, always leaving one: it starts at zero, and a lone step at zero would learn nothing."""
+    return min(math.ceil(lora.warmup * steps), max(steps - 1, 0))
+
+
 def train(
     model: PreTrainedModel,
     bank: LoraBank,
@@ -77,7 +82,7 @@ def train(
     parameters = [bank.parameter(user) for user in range(len(bank))]
     optimisers = [AdamW([p], lr=lora.lr, weight_decay=lora.weight_decay) for p in parameters]
     schedules = [
-        get_linear_schedule_with_warmup(optimiser, math.ceil(lora.warmup * len(steps)), len(steps))
+        get_linear_schedule_with_warmup(optimiser, warmup_steps(lora, len(steps)), len(steps))
         for optimiser, steps in zip(optimisers, plans, strict=True)
     ]
     done = [0] * len(bank)

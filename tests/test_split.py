@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 
 from oppu import split as module
 from oppu.config import Split
+from oppu.files import read_base, read_user, read_users
 from oppu.lamp import read
 from oppu.records import InputError, Item, Query, User
 from oppu.split import (
     SplitResult,
     common_history,
     heldout_keys,
-    read_base,
     read_queries,
-    read_user,
-    read_users,
     run,
     split,
     user_key,
