@@ -217,9 +217,9 @@ def test_committed_model_was_made_by_the_defaults():
 
 @committed
 def test_committed_model_knows_articles_and_context():
-    """What the card says of the validation users: as good as a bag of words, better with the user's own past."""
+    """What the card says of the validation users: better than the majority, and much better with the user's past."""
     card = (MODEL / "README.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| LaMP_2N accuracy")]
     found = {name.removeprefix("LaMP_2N accuracy "): float(value) for name, value in rows}
-    assert found["k0"] >= found["bag-of-words, no model"] - 0.02
-    assert min(found["k1"], found["profile-k0"]) > found["k0"]
+    assert found["k0"] > found["global-majority, no model"]
+    assert min(found["k1"], found["profile-k0"]) > found["k0"] + 0.1
