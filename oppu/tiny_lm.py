@@ -17,23 +17,24 @@ from oppu.tiny_lm_examples import Lessons
 from oppu.tiny_lm_rows import Row, Weights, block, collate, make_tokenizer
 from oppu.tiny_lm_teacher import labels
 from oppu.tiny_lm_texts import training_texts
+from oppu.tiny_lm_vectors import topical_vectors
 
 log = logging.getLogger(__name__)
 
 # How often a lesson is drawn. Categories with and without context are over half of the tokens.
 DRAWS = {
-    "plain_news": 0.25,
-    "plain_paper": 0.25,
-    "category": 0.80,
-    "category_user": 1.20,
-    "headline": 0.35,
-    "title": 0.25,
-    "headline_user": 0.90,
-    "title_user": 0.15,
-    "citation": 0.08,
-    "tag": 0.08,
-    "rating": 0.08,
-    "paraphrase": 0.08,
+    "plain_news": 0.20,
+    "plain_paper": 0.15,
+    "category": 1.00,
+    "category_user": 1.60,
+    "headline": 0.30,
+    "title": 0.12,
+    "headline_user": 0.80,
+    "title_user": 0.08,
+    "citation": 0.05,
+    "tag": 0.05,
+    "rating": 0.05,
+    "paraphrase": 0.05,
 }
 
 
@@ -47,17 +48,17 @@ class TinyLM:
     heads: int = 6
     inner: int = 512
     positions: int = 1024
-    steps: int = 1250
+    steps: int = 2400
     seed: int = 0
     lr: float = 2e-3
     weight_decay: float = 0.1
     warmup: int = 50
     clip: float = 1.0
-    dropout: float = 0.1
-    average: float = 0.99
+    dropout: float = 0.05
+    average: float = 0.995
     """Decay of the running mean of the weights; the mean is what is saved."""
     row_tokens: int = 512
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     long_every: int = 6
     """Every so many steps the rows are of `positions` tokens, so that all positions are learned."""
     weights: Weights = field(default_factory=Weights)
@@ -70,11 +71,13 @@ def train_tiny_lm(
     steps: int | None = None,
     seed: int | None = None,
     config: TinyLM | None = None,
+    card: bool = True,
 ) -> list[dict[str, float]]:
     """Train the model and write its folder (bf16 safetensors, tokenizer, config, training.json, model card).
 
     `corpus` is the gzipped JSON lines of texts, `data` the sample folder that has `lamp/`; `steps` and `seed`
-    take the place of the config's. The same config gives the
+    take the place of the config's. Without `card` nothing is measured and no card is written. The same
+    config gives the
     same weights on the same machine and thread count. Returns the loss every hundred steps.
     """
     import torch
@@ -87,15 +90,22 @@ def train_tiny_lm(
     lessons = Lessons(documents, config.seed)
     torch.manual_seed(config.seed)
     model = _model(config, tokenizer)
+    with torch.no_grad():
+        vectors = topical_vectors(documents, tokenizer, config.width, config.seed)
+        model.model.embed_tokens.weight.copy_(torch.from_numpy(vectors))
     began = time.monotonic()
     losses, tokens = _train(model, _batches(lessons, tokenizer, config), label_tokens(tokenizer), config)
     seconds = time.monotonic() - began
     log.info("%d tokens in %.0f s", tokens, seconds)
-    from oppu.tiny_lm_card import save
+    from oppu.tiny_lm_card import save, write_card
 
     facts = {"documents": len(documents), "tokens": tokens, "config": asdict(config), "losses": losses}
     with new_folder(out) as folder:
         save(model, tokenizer, folder, facts)
+        if card:
+            from oppu.tiny_lm_validate import references, validate
+
+            write_card(folder, references(corpus, data) | validate(folder, data))
     return losses
 
 
@@ -159,10 +169,11 @@ def _drop(model: Any, share: float) -> list[Any]:
     return [place.register_forward_hook(lambda module, args, out: drop(out)) for place in places]
 
 
-def batch_loss(model: Any, batch: dict[str, Any], first: list[int]) -> Any:
-    """Weighted mean of the losses; where a label is a distribution, its cross-entropy over the whole vocabulary.
+def batch_loss(model: Any, batch: dict[str, Any], first: list[int]) -> tuple[Any, Any]:
+    """Weighted mean of the losses, and the losses of the categories alone.
 
-    The head runs only where something is predicted.
+    Where a label is a distribution, its cross-entropy counts, over the whole vocabulary. The head runs only where
+    something is predicted.
     """
     import torch
     from torch.nn.functional import log_softmax
@@ -173,7 +184,7 @@ def batch_loss(model: Any, batch: dict[str, Any], first: list[int]) -> Any:
     losses = -chances.gather(1, batch["labels"][:, None])[:, 0]
     soft = -(chances[batch["soft"]][:, first] * batch["targets"]).sum(1)
     losses = torch.index_put(losses, (batch["soft"],), soft)
-    return (losses * batch["weights"]).sum() / batch["weights"].sum()
+    return (losses * batch["weights"]).sum() / batch["weights"].sum(), losses[batch["soft"]].detach()
 
 
 def _train(model: Any, batches: Iterator[dict[str, Any]], first: list[int], config: TinyLM) -> tuple[list, int]:
@@ -189,9 +200,10 @@ def _train(model: Any, batches: Iterator[dict[str, Any]], first: list[int], conf
     hooks = _drop(model, config.dropout)
     losses: list[dict[str, float]] = []
     recent, tokens = 0.0, 0
+    soft: list[float] = []
     model.train()
     for step, batch in enumerate(batches, start=1):
-        loss = batch_loss(model, batch, first)
+        loss, categories = batch_loss(model, batch, first)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
@@ -202,12 +214,14 @@ def _train(model: Any, batches: Iterator[dict[str, Any]], first: list[int], conf
             for kept, now in zip(mean, model.parameters(), strict=True):
                 kept.lerp_(now, 1 - keep)
         recent += loss.item()
+        soft += [float(categories.mean())] if len(categories) else []
         tokens += batch["ids"].numel()
         if step % 100 == 0 or step == config.steps:
             count = step - (losses[-1]["step"] if losses else 0)
-            losses.append({"step": step, "loss": round(recent / count, 4)})
-            log.info("step %d of %d: loss %.3f", step, config.steps, recent / count)
-            recent = 0.0
+            category = round(float(np.mean(soft)), 4) if soft else float("nan")
+            losses.append({"step": step, "loss": round(recent / count, 4), "category_loss": category})
+            log.info("step %d of %d: loss %.3f, categories %.3f", step, config.steps, recent / count, category)
+            recent, soft = 0.0, []
     for hook in hooks:
         hook.remove()
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from oppu.files import new_folder, read_json, write_bytes, write_json
+from oppu.files import read_json, write_bytes, write_json
 
 CARD = """---
 license: apache-2.0
@@ -23,8 +23,9 @@ Made by
 
     oppu tiny-lm data/corpus.jsonl.gz data/sample data/models/oppu-tiny --steps {steps} --seed {seed}
 
-with the defaults of `oppu.tiny_lm.TinyLM` ({tokens:,} tokens, fp32, AdamW, saved as bf16; `training.json` has the whole
-configuration). The same command gives the same weights on the same machine and thread count.
+with the defaults of `oppu.tiny_lm.TinyLM` ({tokens:,} tokens, fp32, AdamW, saved as bf16; `training.json` has its
+values, `DRAWS` the shares of the lessons). The same command gives the same weights on the same machine and thread
+count.
 
 ## What it read
 {documents:,} documents: news of the News Category Dataset v2 (R. Misra, 2018, doi 10.13140/RG.2.2.20331.18729; CC0) and
@@ -37,6 +38,10 @@ thinned and mixed texts. Users were made up from the corpus: each prefers one ca
 profiles tell something. The instructions of LaMP_1, LaMP_2M, LaMP_3 and LaMP_7 carry made-up answers.
 
 ## Loss while training
+The weighted mean over all lessons, and that of categories against their soft labels, each over the last hundred steps.
+
+| step | loss | categories |
+|---|---|---|
 {losses}
 
 ## On the validation users
@@ -84,14 +89,11 @@ def write_card(model_folder: Path, measures: dict[str, float]) -> None:
         seed=facts["config"]["seed"],
         validation_users=VALIDATION_USERS,
         cases=round(measures["LaMP_2N cases"]),
-        losses=", ".join(f"{row['loss']:.2f} (step {row['step']})" for row in facts["losses"]),
-        measures="\n".join(f"| {name} | {value:.4g} |" for name, value in measures.items() if "cases" not in name),
+        losses="\n".join(
+            f"| {row['step']} | {row['loss']:.2f} | {row['category_loss']:.2f} |"
+            for row in facts["losses"]
+            if row["step"] % 400 == 0 or row is facts["losses"][-1]
+        ),
+        measures="\n".join(f"| {name} | {value:.3f} |" for name, value in measures.items() if "cases" not in name),
     )
     write_bytes(model_folder / "README.md", text.encode(), 0o644)
-
-
-def publish(folder: Path, out: Path) -> None:
-    """Copy a model folder to where it is committed, readable by all."""
-    with new_folder(out) as new:
-        for file in sorted(folder.iterdir()):
-            write_bytes(new / file.name, file.read_bytes())

@@ -22,7 +22,7 @@ from oppu.tiny_lm_teacher import Teacher, Variant, labels
 from oppu.tiny_lm_texts import Document
 
 USER_PRIOR = 0.4
-"""Pseudo-counts of the global label mix: one retrieved label then has a chance of .72 and its global share of the rest."""
+"""Pseudo-counts of the global label mix: one retrieved label gets .72, and its global share of the rest."""
 PROFILE_COUNTS = 1.6
 """How many retrieved labels a profile's most popular category is worth."""
 OWN_LABEL = 0.4
@@ -163,16 +163,16 @@ class Lessons:
     def category_user(self, rng: np.random.Generator) -> Lesson:
         """Articles of a made-up journalist, with a profile, retrieved items, or both."""
         names = list(self.by_label)
-        mix = np.array([len(self.by_label[name]) for name in names]) ** 0.6
+        mix = np.array([len(self.by_label[name]) for name in names]) ** 0.4
         favourite, share = int(rng.choice(len(names), p=mix / mix.sum())), rng.uniform(0.5, 1.0)
         chances = (1 - share) * mix / mix.sum() + share * (np.arange(len(names)) == favourite)
-        drawn = [int(rng.choice(self.by_label[names[int(c)]])) for c in rng.choice(len(names), 30, p=chances)]
+        drawn = [int(rng.choice(self.by_label[names[int(c)]])) for c in rng.choice(len(names), 32, p=chances)]
         history, asked = drawn[:24], [n for n in drawn[24:] if n not in drawn[:24]]
         if not asked:
             return self.category(rng)
         popular = Counter(self.labelled[n].category for n in history).most_common(1)[0][0]
         k, with_profile = [(0, True), (1, False), (1, True), (2, False), (4, False)][
-            int(rng.choice(5, p=[0.3, 0.35, 0.1, 0.15, 0.1]))
+            int(rng.choice(5, p=[0.35, 0.4, 0.08, 0.1, 0.07]))
         ]
         items = tuple(self._news_item(n) for n in self._retrieved(asked[0], history, k, rng))
         return [

@@ -56,7 +56,7 @@ class Weights:
     plain: float = 0.5
     prompt: float = 0.1
     answer: float = 1.0
-    label: float = 4.0
+    label: float = 6.0
     plain_share: float = 0.6
     prompt_share: float = 0.2
     """Shares of plain and prompt tokens that are predicted at all: the head is half of the work."""
