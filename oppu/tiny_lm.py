@@ -77,8 +77,7 @@ def train_tiny_lm(
 
     `corpus` is the gzipped JSON lines of texts, `data` the sample folder that has `lamp/`; `steps` and `seed`
     take the place of the config's. Without `card` nothing is measured and no card is written. The same
-    config gives the
-    same weights on the same machine and thread count. Returns the loss every hundred steps.
+    config gives the same weights on one thread, and on more to rounding. Returns the loss every hundred steps.
     """
     import torch
 

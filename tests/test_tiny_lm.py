@@ -131,15 +131,21 @@ def test_neighbours_are_the_nearest_others():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> list[Path]:
-    """Two runs of a few steps with the same seed, on a part of the corpus."""
+    """Two runs of a few steps with the same seed, on a part of the corpus, each on one thread."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.jsonl.gz"
     with gzip.open(CORPUS, "rt") as whole, gzip.open(corpus, "wt") as part:
         part.writelines(itertools.islice(whole, 300))
     config = TinyLM(vocabulary=2048, width=32, layers=2, heads=2, inner=64, steps=3, batch_tokens=1024, long_every=3)
     folders = [tmp_path_factory.mktemp("tiny") / str(n) for n in range(2)]
-    for folder in folders:
-        losses = train_tiny_lm(corpus, DATA, folder, config=config, card=False)
-        assert losses[-1]["step"] == 3 and 0 < losses[-1]["loss"] < 10
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        losses = [train_tiny_lm(corpus, DATA, folder, config=config, card=False)[-1] for folder in folders]
+    torch.set_num_threads(threads)
+    assert all(row["step"] == 3 and 0 < row["loss"] < 10 for row in losses)
     return folders
 
 
