@@ -83,6 +83,9 @@ def fill_rows(chunks: Sequence[Chunk], width: int = WIDTH) -> list[Row]:
 
     A chunk over the width is cut into pieces, each with the prefix again. Returned rows go from longest to shortest.
     """
+    lengths = [len(example) for chunk in chunks for example in chunk.examples]
+    if 4 * sum(chunk.prefix * len(chunk.examples) for chunk in chunks) < sum(lengths):
+        width = min(width, max(lengths))  # little is shared, so wide rows would only make attention dearer
     pieces = [piece for number, chunk in enumerate(chunks) for piece in _cut(number, chunk, width)]
     rows: list[Row] = []
     filled: list[int] = []

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.workflow.project import TEST_USERS, Project
 
@@ -17,6 +18,18 @@ SETTINGS = [f"LaMP_2N/{augmentation}/{peft}/full" for augmentation in ("k0", "k1
 
 def changed(before: dict, after: dict) -> set[str]:
     return {cell for cell in before.keys() | after.keys() if before.get(cell) != after.get(cell)}
+
+
+def assert_same_cell(cell: str, one: Project, other: Project) -> None:
+    """Equal keys and answers, and adapters equal to a tolerance: who is trained along decides how rows are packed."""
+    first, second = (p.folder / "results" / cell for p in (one, other))
+    records = [json.loads((folder / "cell.json").read_text()) for folder in (first, second)]
+    keys = [{name: entry["key"] for name, entry in record["artefacts"].items()} for record in records]
+    assert keys[0] == keys[1]
+    assert (first / "predictions.jsonl").read_bytes() == (second / "predictions.jsonl").read_bytes()
+    weights = [load_file(folder / "adapter/adapter_model.safetensors") for folder in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert max((weights[0][n] - weights[1][n]).abs().max().item() for n in weights[0]) < 1e-4
 
 
 def test_a_run_makes_every_cell_and_table(finished: Project) -> None:
@@ -65,15 +78,16 @@ def test_one_changed_history_changes_one_user(project: Project) -> None:
     assert project.made() == (2, 3), "two adapters; predictions but for k0 without an adapter, which reads no history"
 
 
-@pytest.mark.parametrize("what", ["folder", "adapter/adapter_model.safetensors", "predictions.jsonl", "cell.json"])
-def test_a_missing_file_brings_its_cell_back_in_a_plain_run(project: Project, what: str) -> None:
+@pytest.mark.parametrize("what", ["folder", "adapter/adapter_model.safetensors", "predictions.jsonl"])
+def test_a_missing_file_brings_its_cell_back_in_a_plain_run(project: Project, finished: Project, what: str) -> None:
     before = project.cells()
     cell = project.folder / "results" / SETTINGS[1] / "users" / project.users()[2]
     shutil.rmtree(cell) if what == "folder" else (cell / what).unlink()
     project.run()
     trained, predicted = project.made()
     assert (trained, predicted) == (0 if what == "predictions.jsonl" else 1, 1)
-    assert project.cells() == before, "the cell comes back to the byte, the others keep theirs"
+    assert changed(before, project.cells()) <= {str(cell.relative_to(project.folder / "results"))}
+    assert_same_cell(str(cell.relative_to(project.folder / "results")), project, finished)
     assert NOTHING in project.run()
     project.forget_logs()
     (cell / "predictions.jsonl").unlink()
@@ -81,7 +95,7 @@ def test_a_missing_file_brings_its_cell_back_in_a_plain_run(project: Project, wh
     assert project.made() == (0, 1), "damage to the same cell is seen again"
 
 
-def test_a_flipped_byte_is_found_refused_and_mended(project: Project) -> None:
+def test_a_flipped_byte_is_found_refused_and_mended(project: Project, finished: Project) -> None:
     before = project.cells()
     user = project.users()[1]
     cell = f"{SETTINGS[3]}/users/{user}"
@@ -97,7 +111,8 @@ def test_a_flipped_byte_is_found_refused_and_mended(project: Project) -> None:
     project.forget_logs()
     project.run("-R", "cells")
     assert project.made() == (1, 1)
-    assert project.cells() == before
+    assert changed(before, project.cells()) <= {cell}
+    assert_same_cell(cell, project, finished)
     assert "0 damaged" in project.oppu("verify")
 
 
@@ -110,7 +125,7 @@ def test_one_cell_on_a_fresh_tree_builds_what_it_needs(finished: Project, tmp_pa
     assert [str(p.parent.relative_to(fresh.folder)) for p in fresh.folder.glob("results/*/*/base/base.json")] == [
         "results/LaMP_2N/k1/base"
     ]
-    assert fresh.cells()[cell].keys() == finished.cells()[cell].keys()
+    assert_same_cell(cell, fresh, finished)
 
 
 def test_a_failing_user_fails_again_and_never_leaves_old_scores(project: Project) -> None:
