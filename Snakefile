@@ -16,6 +16,7 @@ include: "workflow/rules/data.smk"
 include: "workflow/rules/base.smk"
 include: "workflow/rules/cells.smk"
 include: "workflow/rules/results.smk"
+include: "workflow/rules/tiny_lm.smk"
 
 
 # Stamps are listed too: otherwise a failed cohort whose old scores still stand would count as "nothing to be done".

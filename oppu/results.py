@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ def score(out: Path, scored: Path, submission: Path, task: str, users: Path, que
     if problems:
         raise InputError(problems)
     result = scores.score(record, read_queries(queries), predictions)
-    result.scored.write_parquet(scored)
+    table = io.BytesIO()
+    result.scored.write_parquet(table)
+    write_bytes(scored, table.getvalue())
     write_json(submission, scores.submission(record, predictions))
     write_json(out, result.metrics, mode=0o644)
 

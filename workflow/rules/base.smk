@@ -25,6 +25,7 @@ rule base:
         f"{BENCHMARKS}/{{task}}/{{augmentation}}/base.tsv"
     conda:
         "../../envs/oppu.yaml"
+    threads: 1
     resources:
         mem_mb=4000,
     params:

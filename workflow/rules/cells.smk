@@ -26,6 +26,7 @@ rule cells:
         f"{BENCHMARKS}/{{task}}/{{augmentation}}/{{peft}}/{{history}}/{{cohort}}.tsv"
     conda:
         "../../envs/oppu.yaml"
+    threads: 1
     resources:
         mem_mb=4000,
     params:

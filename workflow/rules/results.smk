@@ -94,6 +94,7 @@ rule tune_setting:
         f"{LOGS}/{{task}}/{{augmentation}}/tune.log",
     conda:
         "../../envs/oppu.yaml"
+    threads: 1
     resources:
         mem_mb=4000,
     params:

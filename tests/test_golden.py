@@ -1,0 +1,96 @@
+"""Recipe versions are tied to what they make: whoever changes a text or token step raises its version knowingly.
+
+After a change on purpose: raise the step's number in oppu/recipe.py, then run
+    python -m tests.test_golden
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from oppu.config import parse_augmentation
+from oppu.examples import Context, history_examples, query_prompts
+from oppu.files import digest
+from oppu.models import load_tokenizer
+from oppu.profiles import extractive
+from oppu.recipe import VERSIONS
+from oppu.records import Item, Query, User
+from oppu.tasks import fields_of, render, task, tasks
+from oppu.training import plan
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests/golden/recipes.json"
+WORDS = [
+    "the",
+    "senate",
+    "voted",
+    "on",
+    "a",
+    "new",
+    "film",
+    "about",
+    "climate",
+    "and",
+    "schools",
+    "after",
+    "long",
+    "talks",
+    "with",
+    "12",
+    "singers",
+    "in",
+    "Paris",
+]
+
+
+def person(name: str) -> User:
+    """A made-up user of a task, the same for ever."""
+    record = task(name)
+    labels = record.labels or ["A Title: In Two Parts", "is this a question?"]
+
+    def text(n: int) -> str:
+        return " ".join(WORDS[(n * 5 + i * (n % 3 + 1)) % len(WORDS)] for i in range(6 + n % 4))
+
+    items = tuple(
+        Item(
+            str(n),
+            f"2020-01-{n + 1:02d}",
+            {f: labels[n % 2] if f == record.y else text(n + i) for i, f in enumerate(record.history)},
+        )
+        for n in range(8)
+    )
+    query = render(record.input, {field: text(20 + i) for i, field in enumerate(fields_of(record.input))})
+    return User("u-0123456789ab", "someone", items, (Query("q1", query),))
+
+
+def made() -> dict:
+    """Digests of what the text and token steps make of each task's person."""
+    tokenizer = load_tokenizer(str(ROOT / "data/models/oppu-tiny"))
+    found = {}
+    for name in tasks():
+        user = person(name)
+        profile = extractive(task(name), user.history)
+        for augmentation in ("k0", "k2", "random", "profile-k1"):
+            context = Context(task(name), parse_augmentation(augmentation), tokenizer, tokenizer.eos_token_id, 256, 0)
+            examples = history_examples(context, user, profile, Counter())
+            prompts = query_prompts(context, user, profile, 16, Counter())
+            found[f"{name}/{augmentation}"] = {
+                "tokens": digest([[list(e.prompt), list(e.target)] for e in examples]),
+                "prompts": digest([str(prompt) for _, prompt, _ in prompts]),
+            }
+        found[name] = {"profile": profile}
+    found["plan"] = {"steps": plan(7, 2, 3, "a seed text")}
+    return {"versions": VERSIONS, "made": json.loads(json.dumps(found))}
+
+
+def test_what_the_steps_make_is_what_their_versions_stand_for() -> None:
+    golden, now = json.loads(GOLDEN.read_text()), made()
+    assert now["versions"] == golden["versions"], "run: python -m tests.test_golden"
+    changed = [name for name in now["made"] if now["made"][name] != golden["made"].get(name)]
+    assert not changed, f"{changed} changed: raise the step's number in oppu.recipe.VERSIONS, or undo the change"
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(made(), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
