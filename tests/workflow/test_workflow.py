@@ -165,3 +165,16 @@ def test_a_hyperparameter_trains_its_settings_again(project: Project) -> None:
 def test_a_surplus_key_in_the_config_is_refused(project: Project) -> None:
     project.config["personal"]["learning_rate"] = 1
     assert "learning_rate" in project.run("-n", ok=False)
+
+
+def test_the_report_holds_the_tables_and_the_figure(project: Project) -> None:
+    project.run("--report", "report.html")
+    text = (project.folder / "report.html").read_text(encoding="utf-8")
+    assert all(word in text for word in ("table1.svg", "scores.csv", "bootstrap intervals over users"))
+
+
+def test_the_recipe_beside_a_setting_says_what_was_used(finished: Project) -> None:
+    recipe = json.loads((finished.folder / "results" / SETTINGS[1] / "recipe.json").read_text())
+    assert (recipe["training"]["lr"], recipe["training"]["epochs"], recipe["training"]["rank"]) == (3e-3, 1, 4)
+    assert recipe["task"]["prompt"].startswith("Which category does this article relate to")
+    assert recipe["seed"] == 0 and recipe["versions"]["training"] >= 1
