@@ -126,7 +126,7 @@ def _examples(recipe: dict[str, Any], context: Any, users: Sequence[User], count
         profile = extractive(tasks()[recipe["task"]["name"]], user.history) if profiled else None
         examples += query_examples(context, user, profile, counts)
         if recipe["examples"] == "queries+history":
-            examples += history_examples(context, user, profile, counts)
+            examples += history_examples(context, user, profile, counts, recipe["training"]["max_items"])
     if not examples:
         raise InputError(["no base user has a query to learn from; give more users, or lower split.test_users"])
     return examples

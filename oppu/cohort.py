@@ -114,7 +114,7 @@ class Cohort:
         for key in keys:
             user, profile, counts = self.users[key]
             try:
-                examples[self.row[key]] = history_examples(self.context, user, profile, counts)
+                examples[self.row[key]] = history_examples(self.context, user, profile, counts, self.lora.max_items)
             except ValueError as error:
                 failed[key] = str(error)
                 continue

@@ -73,6 +73,9 @@ class Lora(Closed):
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: the task's own")
     weight_decay: float | None = Field(None, ge=0, description="AdamW's weight decay ('R2 reg.'); null: the task's own")
     batch_size: Positive | None = Field(None, description="examples per optimiser step; null: the task's own")
+    max_items: Positive | None = Field(
+        None, description="learn from at most this many of a user's newest history items (retrieval sees all)"
+    )
     warmup: Rate = Field(
         0.1, description="share of the steps over which the learning rate rises; then it falls linearly"
     )

@@ -32,8 +32,12 @@ class Context:
         return Draws(self.seed, user.key, self.pool)
 
 
-def history_examples(context: Context, user: User, profile: str | None, counts: Counter[str]) -> list[Example]:
+def history_examples(
+    context: Context, user: User, profile: str | None, counts: Counter[str], max_items: int | None = None
+) -> list[Example]:
     """One example per history item, oldest first; retrieval sees only items strictly before each (section 3).
+
+    With `max_items`, only the newest so many items become examples; what is retrieved for them is any earlier item.
 
     A pair (x, y) is learned as phi(x, D^{<t}, s_u) -> y, a plain text as its label -> x. An item whose answer alone
     is over the budget is left out and counted.
@@ -41,7 +45,8 @@ def history_examples(context: Context, user: User, profile: str | None, counts: 
     task = context.task
     retrieved = retrieve_for_history(task, user.history, context.augmentation, context.draws(user))
     examples = []
-    for item, items in zip(user.history, retrieved, strict=True):
+    first = max(len(user.history) - max_items, 0) if max_items else 0
+    for item, items in list(zip(user.history, retrieved, strict=True))[first:]:
         if task.pair:
             prompt = Prompt(task, task.item_fields(item), items, profile)
             example = _example(context, prompt, item.fields[task.y or ""], counts)
