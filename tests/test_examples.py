@@ -33,7 +33,9 @@ def test_prompt_and_answer_together_are_the_text_and_fit(name: str, augmentation
         if record.pair:
             assert prompt.endswith(record.prompt.rsplit("}", 1)[1]) and answer.strip() == item.fields[record.y or ""]
         else:
-            assert prompt.endswith(record.plain_label) and f"{record.plain_label} {answer.strip()}" == record.item_text(item)
+            assert prompt.endswith(record.plain_label) and f"{record.plain_label} {answer.strip()}" == record.item_text(
+                item
+            )
     assert ("a profile" in TOKENIZER.decode(examples[0].prompt)) is augmentation.startswith("profile")
 
 

@@ -4,13 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_bm25 import BM25Okapi
 
+from oppu.config import Augmentation, parse_augmentation
 from oppu.records import InputError, Item, Query
 from oppu.retrieval import (
-    Augmentation,
     Draws,
     Index,
     history_text,
-    parse_augmentation,
     prefix_scores,
     prefix_top_k,
     query_text,
