@@ -25,7 +25,8 @@ def context(name: str, augmentation: str = "k0", max_length: int = 256) -> Conte
 @pytest.mark.parametrize("augmentation", ["k0", "k1", "profile-k1"])
 def test_prompt_and_answer_together_are_the_text_and_fit(name: str, augmentation: str) -> None:
     user, record = person(name), task(name)
-    examples = history_examples(context(name, augmentation), user, "a profile", Counter())
+    profile = "a profile" if augmentation.startswith("profile") else None
+    examples = history_examples(context(name, augmentation), user, profile, Counter())
     assert len(examples) == len(user.history)
     for item, example in zip(user.history, examples, strict=True):
         assert len(example) <= 256 and example.target[-1] == TOKENIZER.eos_token_id
@@ -36,7 +37,7 @@ def test_prompt_and_answer_together_are_the_text_and_fit(name: str, augmentation
             assert prompt.endswith(record.plain_label) and f"{record.plain_label} {answer.strip()}" == record.item_text(
                 item
             )
-    assert ("a profile" in TOKENIZER.decode(examples[0].prompt)) is augmentation.startswith("profile")
+    assert ("a profile" in TOKENIZER.decode(examples[0].prompt)) is (profile is not None)
 
 
 def grown(user: User, name: str, place: int, text: str) -> User:

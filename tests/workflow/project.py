@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import json
@@ -66,7 +67,7 @@ class Project:
         (folder / "data/models/oppu-tiny").symlink_to(ROOT / "data/models/oppu-tiny")
         for name in tasks:
             slice_of_sample(folder / "data/raw", name)
-        return cls(folder, CONFIG | {"tasks": list(tasks)} | config)
+        return cls(folder, copy.deepcopy(CONFIG) | {"tasks": list(tasks)} | config)
 
     def copy(self, folder: Path) -> Project:
         """The same project elsewhere, mtimes and Snakemake's records included."""
