@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oppu import lamp
+from oppu.config import Split
 from oppu.files import folder_digests, read_json
 from oppu.prompts import Prompt
 from oppu.records import Item
+from oppu.split import split
 from oppu.tasks import task
 from oppu.tiny_lm import DRAWS, TinyLM, batch_loss, label_tokens, train_tiny_lm
 from oppu.tiny_lm_examples import Exchange, Lessons, neighbours
@@ -229,3 +232,11 @@ def test_committed_model_knows_articles_and_context():
     found = {name.removeprefix("LaMP_2N accuracy "): float(value) for name, value in rows}
     assert found["k0"] > found["global-majority, no model"]
     assert min(found["k1"], found["profile-k0"]) > found["k0"] + 0.1
+
+
+@pytest.mark.parametrize("name", ["LaMP_2N", "LaMP_4"])
+def test_users_that_hyperparameters_are_chosen_on_are_unread_too(name: str) -> None:
+    questions = lamp.read(DATA / "lamp", task(name))
+    chosen = split(questions, task(name), Split(test_users="dev", heldout_queries=6)).test
+    unread = {author.id for author in validation_authors(DATA, name)}
+    assert len(chosen) >= 10 and {user.id for user in chosen} <= unread
