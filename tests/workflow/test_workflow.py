@@ -8,8 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oppu.files import read_user
+from oppu.prompts import Prompt
+from oppu.tasks import task as task_record
 from tests.workflow.project import TEST_USERS, Project
 
 NOTHING = "Nothing to be done"
@@ -178,3 +183,20 @@ def test_the_recipe_beside_a_setting_says_what_was_used(finished: Project) -> No
     assert (recipe["training"]["lr"], recipe["training"]["epochs"], recipe["training"]["rank"]) == (3e-3, 1, 4)
     assert recipe["task"]["prompt"].startswith("Which category does this article relate to")
     assert recipe["seed"] == 0 and recipe["versions"]["training"] >= 1
+
+
+def test_an_adapter_answers_the_same_with_plain_peft_on_the_merged_base(finished: Project, tmp_path: Path) -> None:
+    merged, task = tmp_path / "merged", task_record("LaMP_2N")
+    finished.oppu("merge", "results/LaMP_2N/k0/base/base.json", str(merged))
+    user = read_user(finished.folder / f"results/LaMP_2N/split/histories/{finished.users()[0]}.json")
+    cell = finished.folder / "results" / SETTINGS[1] / "users" / user.key
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(merged), cell / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    answers = {}
+    for query in user.queries:
+        inputs = tokenizer(str(Prompt(task, task.query_fields(query.input))), return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=task.output_tokens, do_sample=False)
+        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers[query.id] = text.strip()
+    rows = [json.loads(line) for line in (cell / "predictions.jsonl").read_text().splitlines()]
+    assert answers == {row["id"]: row["prediction"] for row in rows}
