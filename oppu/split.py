@@ -74,11 +74,6 @@ def split(questions: list[Question], task: Task, settings: Split) -> SplitResult
     return SplitResult(*by_key, {name: n for name, n in sorted(counts.items()) if n})
 
 
-def heldout_keys(questions: list[Question], task: Task, settings: Split) -> list[str]:
-    """Keys of the base users under test with `heldout_queries`; none without."""
-    return [user.key for user in split(questions, task, settings).test] if settings.heldout_queries else []
-
-
 def _check_size(users: int, test: int, settings: Split) -> None:
     if settings.test_users == "dev" and not test:
         raise InputError(["split.test_users is 'dev', but no user has a question in the dev files; give a number"])
