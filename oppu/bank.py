@@ -57,8 +57,8 @@ class LoraBank:
         self.rank = lora.rank
         self.alpha = float(lora.rank if lora.alpha is None else lora.alpha)
         self.dropout = lora.dropout
-        self.target_modules = sorted(lora.target_modules)
-        linears = target_linears(model, lora.target_modules)
+        self.target_modules = sorted(lora.target_modules or ["q_proj", "v_proj"])
+        linears = target_linears(model, self.target_modules)
         self.shapes: dict[str, tuple[int, int]] = {}
         for name, linear in linears.items():
             self.shapes[f"{name}.lora_A"] = (self.rank, linear.in_features)

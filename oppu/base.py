@@ -42,7 +42,7 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-") -> None:
     values = read_json(recipe)
     folder = out.parent
     with lock(folder / ".lock", f"base {folder}"):
-        model = model_files(**values["runtime"]["model"])
+        model = model_files(values["runtime"]["model"]["path"], values["runtime"]["model"]["revision"])
         key = keys.base_key(values, model, file_digest(base_users))
         manifest = _manifest(folder)
         if manifest is None or manifest["key"] != key:

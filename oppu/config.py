@@ -12,27 +12,30 @@ from pydantic import Field, ValidationError, model_validator
 from oppu.records import InputError
 from oppu.tasks import Closed, tasks
 
-AUGMENTATION = re.compile(r"(profile-)?k(\d+)|random")
+AUGMENTATION = re.compile(r"(?P<profile>profile-)?(?:(?P<other>recency|dense)-(?=k[1-9]))?k(?P<k>\d+)|random")
+AUGMENTATIONS = "k0, k1, …, random, profile-k0, profile-k1, …, recency-k1, …, dense-k1, …"
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What a prompt carries: a profile or not, and k items of the history, or one random item (then k is 1)."""
+    """What a prompt carries: a profile or not, and k items of the history by a retriever, or one random item (k 1)."""
 
     profile: bool
     k: int
     random: bool = False
+    retriever: Literal["bm25", "recency", "dense"] = "bm25"
 
 
 def parse_augmentation(name: str) -> Augmentation:
-    """`k0`, `k4`, `profile-k1`, `random` as a record; InputError for any other name."""
+    """`k0`, `k4`, `profile-k1`, `recency-k2`, `random` as a record; InputError for any other name."""
     match = AUGMENTATION.fullmatch(name)
     if match is None:
-        raise InputError([f"augmentation {name!r} is none of k0, k1, …, random, profile-k0, profile-k1"])
-    profile, k = match.groups()
-    return Augmentation(False, 1, random=True) if k is None else Augmentation(profile is not None, int(k))
+        raise InputError([f"augmentation {name!r} is none of {AUGMENTATIONS}"])
+    if match["k"] is None:
+        return Augmentation(False, 1, random=True)
+    return Augmentation(match["profile"] is not None, int(match["k"]), retriever=match["other"] or "bm25")  # type: ignore[arg-type]
 
 
 class Split(Closed):
@@ -60,6 +63,14 @@ class Model(Closed):
     revision: str | None = Field(None, description="commit of the model on the hub; pin it for results that last")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="dtype it runs in")
     max_length: Positive = Field(2048, description="prompt and answer together, in tokens")
+    convert: bool = Field(
+        False,
+        description="weights that exist only as pickled .bin files are read once (torch.load, weights_only) and written"
+        " as safetensors; false: refused",
+    )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        None, description="load the frozen base in 8 or 4 bits (needs the extra `quantization`: bitsandbytes)"
+    )
 
 
 class Lora(Closed):
@@ -68,7 +79,11 @@ class Lora(Closed):
     rank: Positive | None = Field(None, description="r; null: the task's own (Table 4)")
     alpha: float | None = Field(None, description="LoRA's alpha; null: the rank, so a scale of 1")
     dropout: Rate = Field(0.0, description="dropout on the LoRA branch")
-    target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Linear layers it is added to")
+    target_modules: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="layers it is added to, by name; null: the query and value projections, found per architecture",
+    )
     epochs: Positive | None = Field(None, description="passes over the examples; null: the task's own")
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: the task's own")
     weight_decay: float | None = Field(None, ge=0, description="AdamW's weight decay ('R2 reg.'); null: the task's own")
@@ -108,6 +123,41 @@ class Retrieval(Closed):
     random: Literal["base", "own"] = Field(
         "base", description="augmentation 'random': an item of a base-training user (App. D), or of the user's own"
     )
+    query: Literal["prompt", "text"] = Field(
+        "prompt",
+        description="what is searched for: phi_t, the whole base prompt (the paper), or the query's own text, without"
+        " instruction and labels (the released code)",
+    )
+    encoder: str | None = Field(
+        None, description="local folder of a Hugging Face encoder; needed by the augmentations dense-k1, …"
+    )
+
+
+class Profiles(Closed):
+    """The textual profiles s_u of profile-k0, profile-k1, … (App. J). A person's own text always goes first."""
+
+    backend: Literal["extractive", "llm"] = Field(
+        "extractive", description="count words and labels (no model), or ask an instruction-tuned model (App. J)"
+    )
+    path: str | None = Field(None, description="llm: Hugging Face id or local folder of the instruction-tuned model")
+    revision: str | None = Field(None, description="llm: commit of the model on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="llm: dtype it runs in")
+    convert: bool = Field(False, description="llm: as model.convert (Vicuna v1.5 has no safetensors)")
+    chat_template: str | None = Field(
+        None,
+        description="llm: the text around {prompt}; null: the tokenizer's own chat template, or none if it has none",
+    )
+    items: Positive | None = Field(None, description="llm: at most so many items, drawn at random; null: what has room")
+    item_words: Positive | None = Field(None, description="llm: each item is cut to so many words; null: not cut")
+    history_tokens: Positive = Field(
+        1500, description="llm: room for the history in the prompt; items are drawn to fit"
+    )
+    max_new_tokens: Positive = Field(200, description="llm: longest profile")
+    tokens_per_batch: Positive = Field(16384, description="llm: prompt tokens of one batch; does not change results")
+    own: str = Field(
+        "data/profiles",
+        description="folder of profiles people wrote themselves: {task}/{user key}.txt, used as they are",
+    )
 
 
 class Tune(Closed):
@@ -124,47 +174,108 @@ class Config(Closed):
     data: str = Field(
         "data/raw", description="folder with LaMP's files: {task}/{train,dev}_{questions,outputs}.json[.gz]"
     )
-    tasks: list[str] = Field(list(tasks()), min_length=1, description="tasks to run")
+    task_data: dict[str, str] = Field(
+        {}, description="per task: another folder than `data`; `fixtures` stands for made-up users (`oppu fixtures`)"
+    )
+    tasks: list[str] = Field(
+        [name for name in tasks() if name.startswith("LaMP_")], min_length=1, description="tasks to run"
+    )
     augmentations: list[str] = Field(
         ["k0", "random", "k1", "k2", "k4", "profile-k0", "profile-k1"],
         min_length=1,
-        description="what the prompt carries: k0, k1, k2, … retrieved items; random; profile-k0, profile-k1",
+        description="what the prompt carries: k0, k1, k2, … items retrieved by BM25; random; profile-k0, profile-k1;"
+        " recency-k1, … (the newest items); dense-k1, … (by retrieval.encoder)",
     )
-    peft: list[Literal["none", "lora"]] = Field(["none", "lora"], min_length=1, description="kinds of personal adapter")
+    peft: list[Literal["none", "lora", "pooled", "swapped"]] = Field(
+        ["none", "lora"],
+        min_length=1,
+        description="kinds of personal adapter; controls: `pooled` (one LoRA on all test users' histories), `swapped`"
+        " (another user's adapter; needs lora). `random` is run without an adapter only",
+    )
+    benchmark: bool = Field(
+        False, description="the data are a public benchmark's: allows `pooled`, which mixes users by construction"
+    )
     history: list[Literal["full"]] = Field(["full"], min_length=1, description="history variants")
     seed: int = Field(
         0, ge=0, description="run seed; every random draw comes from it, the task, the user and the purpose"
+    )
+    training_seeds: Positive = Field(
+        1, description="repeat every base and adapter with the run seeds seed, seed + 1, …; the spread is in seeds.csv"
     )
     users_per_job: Positive = Field(100, description="cohort size: users trained together by one job")
     split: Split = Split()
     model: Model = Model()
     base: Base = Base(rank=64, lr=1e-4, epochs=3, batch_size=16, weight_decay=0.0)
     personal: Lora = Field(Lora(), description="null values come from the task table (Table 4)")
+    task_base: dict[str, dict[str, Any]] = Field({}, description="per task: overrides of `base`")
     task_personal: dict[str, dict[str, Any]] = Field({}, description="per task: overrides of `personal`")
+    profiles: Profiles = Profiles()
     retrieval: Retrieval = Retrieval()
     generation: Generation = Generation()
     bootstrap: Positive = Field(2000, description="resamples of users behind every interval")
+    significance: Literal["bootstrap", "permutation"] = Field(
+        "bootstrap", description="the paired test over users behind p-values and stars"
+    )
     tune: Tune = Tune()
 
     @model_validator(mode="after")
     def _known(self) -> Config:
         problems = [f"tasks: no task {t!r}; there are {', '.join(tasks())}" for t in self.tasks if t not in tasks()]
-        problems += [f"task_personal: no task {t!r}" for t in self.task_personal if t not in tasks()]
-        problems += [
-            f"augmentations: {a!r} is none of k0, k1, …, random, profile-k0, profile-k1"
-            for a in self.augmentations
-            if not AUGMENTATION.fullmatch(a)
-        ]
+        for part in ("task_data", "task_base", "task_personal"):
+            problems += [f"{part}: no task {t!r}" for t in getattr(self, part) if t not in tasks()]
+        wrong = [a for a in self.augmentations if not AUGMENTATION.fullmatch(a)]
+        problems += [f"augmentations: {a!r} is none of {AUGMENTATIONS}" for a in wrong]
+        problems += self._problems_of_settings() if not wrong else []
         base = [k for k in ("rank", "lr", "epochs", "batch_size", "weight_decay") if getattr(self.base, k) is None]
         problems += [f"base.{k}: needs a value" for k in base]
-        for name in self.task_personal:
-            try:
-                self.lora(name) if name in tasks() else None
-            except ValidationError as error:
-                problems.append(f"task_personal.{name}: {error}")
+        for part, read in (("task_base", self.base_lora), ("task_personal", self.lora)):
+            for name in set(getattr(self, part)) & set(tasks()):
+                try:
+                    read(name)
+                except ValidationError as error:
+                    problems.append(f"{part}.{name}: {error}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _problems_of_settings(self) -> list[str]:
+        wanted = [parse_augmentation(a) for a in self.augmentations]
+        problems = []
+        if any(a.retriever == "dense" for a in wanted) and self.retrieval.encoder is None:
+            problems.append("augmentations: dense-k… needs retrieval.encoder, a local folder of an encoder")
+        if any(a.profile for a in wanted) and self.profiles.backend == "llm" and self.profiles.path is None:
+            problems.append("profiles.path: the backend llm needs an instruction-tuned model")
+        if "pooled" in self.peft and not self.benchmark:
+            problems.append("peft: pooled trains on all test users' texts together; it needs `benchmark: true`")
+        if "swapped" in self.peft and "lora" not in self.peft:
+            problems.append("peft: swapped takes the adapters of lora; list lora too")
+        if not self.settings:
+            problems.append("peft: random is run without an adapter only; list none")
+        return problems
+
+    @property
+    def settings(self) -> list[tuple[str, str, str]]:
+        """Every (augmentation, PEFT kind, history variant) to run: all combinations, but `random` with none only.
+
+        Further training seeds are settings of their own, `k0-s1` after `k0` (see `recipe.seeded`).
+        """
+        return [
+            (a + (f"-s{n}" if n else ""), p, h)
+            for n in range(self.training_seeds)
+            for a in self.augmentations
+            for p in self.peft
+            for h in self.history
+            if a != "random" or p == "none"
+        ]
+
+    def folder(self, task: str) -> str:
+        """Where a task's LaMP files lie, in a folder of the task's name."""
+        folder = self.task_data.get(task, self.data)
+        return f"{self.results}/fixtures" if folder == "fixtures" else folder
+
+    def base_lora(self, task: str) -> Base:
+        """Base training of a task: its overrides, then `base`."""
+        return Base(**self.base.model_dump() | self.task_base.get(task, {}))
 
     def lora(self, task: str) -> Lora:
         """Personal training of a task: its overrides, then `personal`, then Table 4; alpha defaults to the rank."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oppu.config import Config, Lora
+from oppu.config import Config, Lora, parse_augmentation
 from oppu.files import digest
 from oppu.records import User
 from oppu.tasks import Task, tasks
@@ -26,24 +26,40 @@ def _split_runtime(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     )
 
 
-def _common(config: Config, task: Task, augmentation: str) -> dict[str, Any]:
+def seeded(name: str) -> tuple[str, int]:
+    """A setting's augmentation and number of training seed: `k0` -> k0, 0; `k0-s2` -> k0, 2."""
+    augmentation, _, number = name.partition("-s")
+    return augmentation, int(number or 0)
+
+
+def _common(config: Config, task: Task, name: str) -> dict[str, Any]:
+    augmentation, repeat = seeded(name)
+    what = parse_augmentation(augmentation)
+    found = what.k > 0 and not what.random
     return {
         "task": task.model_dump(exclude={"title", "personal", "profile_prompt"}),
         "augmentation": augmentation,
-        "seed": config.seed,
-        "model": config.model.model_dump(include={"dtype", "max_length"}),
-        "random": config.retrieval.random if augmentation == "random" else None,
+        "seed": config.seed + repeat,
+        "model": config.model.model_dump(include={"dtype", "max_length", "quantization"}),
+        "random": config.retrieval.random if what.random else None,
+        "query": config.retrieval.query if found and what.retriever != "recency" else None,
+        "encoder": config.retrieval.encoder if what.retriever == "dense" else None,
         "versions": VERSIONS,
     }
 
 
+def _model(config: Config) -> dict[str, Any]:
+    return config.model.model_dump(include={"path", "revision", "convert"})
+
+
 def base_recipe(config: Config, task: str, augmentation: str) -> dict[str, Any]:
     """What the base model of (task, augmentation) depends on besides data: section 2.2."""
-    training, runtime = _split_runtime(config.base.model_dump(exclude={"examples"}))
+    lora = config.base_lora(task)
+    training, runtime = _split_runtime(lora.model_dump(exclude={"examples"}))
     return _common(config, tasks()[task], augmentation) | {
-        "examples": config.base.examples,
+        "examples": lora.examples,
         "training": training,
-        "runtime": {"training": runtime, "model": config.model.model_dump(include={"path", "revision"})},
+        "runtime": {"training": runtime, "model": _model(config)},
     }
 
 
@@ -62,7 +78,7 @@ def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history
         "runtime": {
             "training": train_runtime,
             "generation": generate_runtime,
-            "model": config.model.model_dump(include={"path", "revision"}),
+            "model": _model(config),
         },
     }
 

@@ -19,7 +19,7 @@ except InputError as error:
 
 RESULTS = CONFIG.results
 TASKS = CONFIG.tasks
-SETTINGS = [f"{a}/{p}/{h}" for a in CONFIG.augmentations for p in CONFIG.peft for h in CONFIG.history]
+SETTINGS = ["/".join(setting) for setting in CONFIG.settings]
 
 TASK = f"{RESULTS}/{{task}}"
 SPLIT = f"{TASK}/split"
@@ -31,8 +31,8 @@ BENCHMARKS = f"{RESULTS}/benchmarks"
 
 wildcard_constraints:
     task="|".join(TASKS),
-    augmentation=r"(profile-)?k\d+|random",
-    peft="none|lora",
+    augmentation=r"((profile-)?((recency|dense)-)?k\d+|random)(-s\d+)?",
+    peft="none|lora|pooled|swapped",
     history="full",
     user="u-[0-9a-f]{12}",
     cohort="[0-9]{3}|u-[0-9a-f]{12}",
@@ -89,8 +89,8 @@ def raw_files(task):
         for kind in ("questions", "outputs")
         for end in ("", ".gz")
     ]
-    found = [path for path in (f"{CONFIG.data}/{task}/{name}" for name in names) if os.path.exists(path)]
-    return found or [f"{CONFIG.data}/{task}/dev_questions.json"]
+    found = [path for path in (f"{CONFIG.folder(task)}/{task}/{name}" for name in names) if os.path.exists(path)]
+    return found or [f"{CONFIG.folder(task)}/{task}/dev_questions.json"]
 
 
 def model_files(w):

@@ -14,7 +14,7 @@ checkpoint split:
         settings=as_json(CONFIG.split.model_dump()),
         version=recipe.VERSIONS["split"],
         mended=lambda w: mended(f"{SPLIT}/users.json".format(**w)),
-        data=lambda w: CONFIG.data,
+        data=lambda w: CONFIG.folder(w.task),
     shell:
         "oppu split {params.data:q} {wildcards.task:q} {output.users:q} --settings {params.settings:q}"
         " --mended {params.mended:q} > {log:q} 2>&1"
