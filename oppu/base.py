@@ -43,6 +43,8 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-") -> None:
     folder = out.parent
     with lock(folder / ".lock", f"base {folder}"):
         model = model_files(values["runtime"]["model"]["path"], values["runtime"]["model"]["revision"])
+        if encoder := values["runtime"]["encoder"]:
+            model |= {f"encoder/{name}": known for name, known in model_files(encoder, None).items()}
         key = keys.base_key(values, model, file_digest(base_users))
         manifest = _manifest(folder)
         if manifest is None or manifest["key"] != key:
@@ -94,7 +96,9 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     model = load_base(model_id["path"], model_id["revision"], recipe["model"]["dtype"], accelerator.device, None)
     users = read_base(base_users)
     counts: Counter[str] = Counter()
-    examples = _examples(recipe, context_of(recipe, tokenizer, pool_of(base_users, recipe)), users, counts)
+    examples = _examples(
+        recipe, context_of(recipe, tokenizer, pool_of(base_users, recipe), accelerator.device), users, counts
+    )
     lora = keys.lora_of(recipe)
     name = (recipe["seed"], recipe["task"]["name"], recipe["augmentation"])
     bank = LoraBank(model, lora, 1, seed_of(*name, "base", "initial parameters"))

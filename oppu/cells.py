@@ -27,6 +27,7 @@ from oppu.files import (
     read_base,
     read_json,
     read_user,
+    read_users,
     write_bytes,
     write_json,
 )
@@ -46,6 +47,8 @@ class Cell:
     profile: str | None
     keys: dict[str, str]
     record: dict[str, Any]
+    source: Path
+    """The folder whose adapter/ answers the queries: the cell's own, but for the controls pooled and swapped."""
     counts: Counter[str] = field(default_factory=Counter)
 
     def fresh(self, artefact: str) -> bool:
@@ -96,17 +99,51 @@ def pool_of(base_users: Path, recipe: dict[str, Any]) -> list[Item] | None:
     return [item for user in read_base(base_users) for item in user.history]
 
 
-def open_cell(folder: Path, user: User, recipe: dict[str, Any], manifest: dict[str, Any], pool: str | None) -> Cell:
-    """A user's cell with the keys its artefacts should have."""
+def profile_of(recipe: dict[str, Any], user: User) -> str | None:
+    """A user's profile where the setting's prompts carry one."""
     task = tasks()[recipe["task"]["name"]]
-    profile = extractive(task, user.history) if parse_augmentation(recipe["augmentation"]).profile else None
+    return extractive(task, user.history) if parse_augmentation(recipe["augmentation"]).profile else None
+
+
+def source_of(setting: Path, peft: str, user: str, users: Sequence[str]) -> Path:
+    """The folder whose adapter/ answers a user's queries in a setting; `users` are all test users of the task.
+
+    `lora`: the user's own cell. `pooled`: the setting. `swapped`: the lora cell of the next user in the order of the
+    keys, which are hashes: each user lends one adapter and borrows one.
+    """
+    if peft == "pooled":
+        return setting
+    if peft != "swapped":
+        return setting / "users" / user
+    order = sorted(users)
+    if user not in order or len(order) < 2:
+        raise InputError([f"{setting}: swapped needs {user} and another test user; there are {len(order)}"])
+    other = order[(order.index(user) + 1) % len(order)]
+    return setting.parent.parent / "lora" / setting.name / "users" / other
+
+
+def borrowed(source: Path) -> str:
+    """The digest of an adapter that another cell or the whole setting made; InputError where it is not whole."""
+    entry = read_record(source).get("artefacts", {}).get("adapter")
+    if entry is None or (bad := damage(source, {"adapter": entry})):
+        found = f"{', '.join(bad)} missing or changed" if entry else "no adapter here"
+        raise InputError([f"{source}: {found}; `snakemake --cores all -R cells pooled` mends it"])
+    return digest(entry)
+
+
+def open_cell(
+    folder: Path, user: User, recipe: dict[str, Any], manifest: dict[str, Any], pool: str | None, source: Path
+) -> Cell:
+    """A user's cell with the keys its artefacts should have; `source` is `source_of` the user."""
+    profile = profile_of(recipe, user)
     wanted: dict[str, str] = {}
-    if recipe["peft"] != "none":
-        wanted["adapter"] = keys.adapter_key(recipe, manifest, user, profile, pool)
-    wanted["predictions"] = keys.predictions_key(recipe, manifest, user, profile, pool, wanted.get("adapter"))
+    adapter = None if recipe["peft"] in {"none", "lora"} else borrowed(source)
+    if recipe["peft"] == "lora":
+        adapter = wanted["adapter"] = keys.adapter_key(recipe, manifest, user, profile, pool)
+    wanted["predictions"] = keys.predictions_key(recipe, manifest, user, profile, pool, adapter)
     record = read_record(folder) | {name: recipe[name] for name in ("augmentation", "peft", "history")}
     record |= {"task": recipe["task"]["name"], "base": keys.base_digest(manifest)}
-    return Cell(folder, user, profile, wanted, record)
+    return Cell(folder, user, profile, wanted, record, source)
 
 
 @contextmanager
@@ -127,14 +164,24 @@ def held(folder: Path, users: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def run(stamp: Path, recipe: Path, base: Path, histories: Sequence[Path], base_users: Path, mended: str = "-") -> None:
+def run(
+    stamp: Path,
+    recipe: Path,
+    base: Path,
+    histories: Sequence[Path],
+    base_users: Path,
+    mended: str = "-",
+    users: Path | None = None,
+) -> None:
     """Bring the cells of these users up to date, then write the stamp; the command of rule `cells`.
 
-    Raises InputError at the end when users failed; the others' cells are kept, and there is no stamp.
+    `users` is users.json, which `swapped` needs to know all test users. Raises InputError at the end when users failed;
+    the others' cells are kept, and there is no stamp.
     """
     values, manifest = read_json(recipe), read_json(base)
     setting = recipe.parent
     names = [path.stem for path in histories]
+    everyone = read_users(users) if users else names
     failed: dict[str, str] = {}
     with held(setting, names):
         pool = pool_of(base_users, values)
@@ -142,7 +189,9 @@ def run(stamp: Path, recipe: Path, base: Path, histories: Sequence[Path], base_u
         cells = []
         for path in histories:
             try:
-                cells.append(open_cell(setting / "users" / path.stem, read_user(path), values, manifest, pool_key))
+                source = source_of(setting, values["peft"], path.stem, everyone)
+                folder = setting / "users" / path.stem
+                cells.append(open_cell(folder, read_user(path), values, manifest, pool_key, source))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 failed[path.stem] = f"{path}: {error or type(error).__name__}"
         stale = [cell for cell in cells if cell.stale]
@@ -174,11 +223,10 @@ def _make(
 
     cohort = Cohort(values, manifest, base, pool, [(cell.user, cell.profile, cell.counts) for cell in stale])
     failed: dict[str, str] = {}
-    adapters = [cell for cell in stale if "adapter" in cell.keys]
-    todo = [cell for cell in adapters if not cell.fresh("adapter")]
-    for cell in adapters:
-        if cell not in todo:
-            cohort.load(cell.user.key, cell.folder / "adapter")
+    todo = [cell for cell in stale if "adapter" in cell.keys and not cell.fresh("adapter")]
+    if values["peft"] != "none":
+        for cell in (cell for cell in stale if cell not in todo):
+            cohort.load(cell.user.key, cell.source / "adapter")
     by_key = {cell.user.key: cell for cell in todo}
 
     def finished(key: str) -> None:

@@ -41,17 +41,19 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="more l
 
 @app.command()
 def check(
-    data: Annotated[Path, typer.Argument(help="folder with LaMP's files: {task}/{train,dev}_questions.json[.gz] …")],
-    task: Annotated[list[str], typer.Argument(help="tasks to check")],
+    folder: Annotated[
+        list[Path], typer.Argument(help="folders of tasks, e.g. data/raw/LaMP_2N: {train,dev}_questions.json[.gz] …")
+    ],
 ) -> None:
     """Read and validate LaMP files; list every problem with file, record, finding and fix."""
     from oppu import lamp
     from oppu.tasks import task as record
 
     problems: list[str] = []
-    for name in task:
+    for path in folder:
+        name = path.name
         try:
-            questions = lamp.read(data, record(name))
+            questions = lamp.read(path.parent, record(name))
             typer.echo(f"{name}: {len(questions)} questions of {len({q.user_id for q in questions})} users")
         except InputError as error:
             problems += error.problems
@@ -105,11 +107,26 @@ def cells(
     base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
     base_users: BaseUsers,
     mended: Mended = "-",
+    users: Annotated[Path | None, typer.Option(help="users.json: all test users; `swapped` needs them")] = None,
 ) -> None:
     """Train and predict those of these users whose cells are not fresh, together (section 3)."""
     from oppu import cells as cohort_of_cells
 
-    cohort_of_cells.run(stamp, recipe, base, histories, base_users, mended)
+    cohort_of_cells.run(stamp, recipe, base, histories, base_users, mended, users)
+
+
+@app.command()
+def pooled(
+    out: Annotated[Path, typer.Argument(help="pooled.json; adapter/ and cell.json stand beside it")],
+    histories: Histories,
+    recipe: Recipe,
+    base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
+    mended: Mended = "-",
+) -> None:
+    """Train one adapter on all these users' histories together: a control that mixes users, for benchmarks only."""
+    from oppu import pooled as control
+
+    control.run(out, recipe, base, histories, mended)
 
 
 @app.command()

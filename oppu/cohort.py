@@ -10,16 +10,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from oppu.bank import LoraBank, load_adapter, save_adapter
 from oppu.config import Generation, parse_augmentation
+from oppu.encoder import Encoder
 from oppu.examples import Context, history_examples, query_prompts
 from oppu.generation import generate
 from oppu.models import load_base, load_tokenizer
 from oppu.packing import Example
 from oppu.recipe import base_digest, lora_of
 from oppu.records import Item, User
+from oppu.retrieval import Search
 from oppu.seeds import seed_of, seed_text
 from oppu.tasks import tasks
 from oppu.training import plan, train
@@ -27,8 +30,11 @@ from oppu.training import plan, train
 log = logging.getLogger(__name__)
 
 
-def context_of(recipe: dict[str, Any], tokenizer: Any, pool: Sequence[Item] | None) -> Context:
+def context_of(
+    recipe: dict[str, Any], tokenizer: Any, pool: Sequence[Item] | None, device: str | torch.device = "cpu"
+) -> Context:
     """What turns items and queries into prompts, from a recipe."""
+    encoder = recipe["runtime"]["encoder"]
     return Context(
         task=tasks()[recipe["task"]["name"]],
         augmentation=parse_augmentation(recipe["augmentation"]),
@@ -37,6 +43,7 @@ def context_of(recipe: dict[str, Any], tokenizer: Any, pool: Sequence[Item] | No
         max_length=recipe["model"]["max_length"],
         seed=recipe["seed"],
         pool=pool,
+        search=Search(recipe["query"] or "prompt", Encoder(encoder, device) if encoder else None),
     )
 
 
@@ -61,8 +68,15 @@ def progress_log(what: str, seconds: float = 30.0) -> Callable[[int, int, int], 
     return tell
 
 
+POOLED = "pooled"
+"""The name of the one adapter that all users of a `pooled` setting share."""
+
+
 class Cohort:
-    """Users of one setting on one loaded base. Users are named by key; each has a profile and counts to add to."""
+    """Users of one setting on one loaded base. Users are named by key; each has a profile and counts to add to.
+
+    Adapters are named by their user's key too; in a `pooled` setting there is one, POOLED.
+    """
 
     def __init__(
         self,
@@ -74,58 +88,58 @@ class Cohort:
     ) -> None:
         self.recipe, self.manifest = recipe, manifest
         self.users = {user.key: (user, profile, counts) for user, profile, counts in users}
-        self.row = {key: n for n, key in enumerate(self.users)}
+        self.adapters = [POOLED] if recipe["peft"] == "pooled" else list(self.users)
+        self.row = {key: 0 if recipe["peft"] == "pooled" else n for n, key in enumerate(self.users)}
         self.accelerator = Accelerator()
         model = recipe["runtime"]["model"]
         self.tokenizer = load_tokenizer(model["path"], model["revision"])
         self.model = load_base(
             model["path"], model["revision"], recipe["model"]["dtype"], self.accelerator.device, base / "adapter"
         )
-        self.context = context_of(recipe, self.tokenizer, pool)
+        self.context = context_of(recipe, self.tokenizer, pool, self.accelerator.device)
         self.bank: LoraBank | None = None
-        if recipe["peft"] == "lora":
+        if recipe["peft"] != "none":
             self.lora = lora_of(recipe)
             seed = seed_of(recipe["seed"], self.context.task.name, *self._setting, "initial parameters")
-            self.bank = LoraBank(self.model, self.lora, len(self.users), seed)
+            self.bank = LoraBank(self.model, self.lora, len(self.adapters), seed)
 
     @property
     def _setting(self) -> tuple[str, str, str]:
         return self.recipe["augmentation"], self.recipe["peft"], self.recipe["history"]
 
     def load(self, key: str, folder: Path) -> None:
-        """Take a user's adapter as it was trained before."""
+        """Answer a user's queries with an adapter as it was trained before."""
         assert self.bank is not None
         self.bank.load(self.row[key], load_adapter(folder))
 
-    def save(self, key: str, folder: Path) -> None:
-        """Write a user's adapter as a plain PEFT folder."""
+    def save(self, adapter: str, folder: Path) -> None:
+        """Write an adapter as a plain PEFT folder."""
         assert self.bank is not None
-        save_adapter(folder, self.bank, self.row[key], base_name(self.manifest))
+        save_adapter(folder, self.bank, self.adapters.index(adapter), base_name(self.manifest))
 
     def train(self, keys: Sequence[str], finished: Callable[[str], None]) -> dict[str, str]:
-        """Train these users together; `finished` is told each user as soon as their last step is done.
+        """Train on these users' histories; `finished` is told each adapter as soon as its last step is done.
 
-        Returns why each failed user failed.
+        Returns why each failed user or adapter failed.
         """
         assert self.bank is not None
         failed: dict[str, str] = {}
-        examples: list[list[Example]] = [[] for _ in self.users]
-        plans: list[list[list[int]]] = [[] for _ in self.users]
+        examples: list[list[Example]] = [[] for _ in self.adapters]
         for key in keys:
             user, profile, counts = self.users[key]
             try:
-                examples[self.row[key]] = history_examples(self.context, user, profile, counts, self.lora.max_items)
+                examples[self.row[key]] += history_examples(self.context, user, profile, counts, self.lora.max_items)
             except ValueError as error:
                 failed[key] = str(error)
-                continue
-            order = seed_text(self.recipe["seed"], self.context.task.name, key, "data order")
-            count = len(examples[self.row[key]])
-            plans[self.row[key]] = plan(count, int(self.lora.epochs or 0), int(self.lora.batch_size or 0), order)
-            if not count:
-                finished(key)
-        rows = {row: key for key, row in self.row.items()}
         name = self.context.task.name
-        seeds = [seed_of(self.recipe["seed"], name, key, *self._setting, "dropout") for key in self.users]
+        wanted = {self.adapters[self.row[key]] for key in keys if key not in failed}
+        plans: list[list[list[int]]] = []
+        for adapter, own in zip(self.adapters, examples, strict=True):
+            order = seed_text(self.recipe["seed"], name, adapter, "data order")
+            plans.append(plan(len(own), int(self.lora.epochs or 0), int(self.lora.batch_size or 0), order))
+            if not own and adapter in wanted:
+                finished(adapter)
+        seeds = [seed_of(self.recipe["seed"], name, adapter, *self._setting, "dropout") for adapter in self.adapters]
         trained = train(
             self.model,
             self.bank,
@@ -133,11 +147,13 @@ class Cohort:
             plans,
             self.lora,
             self.accelerator,
-            progress=progress_log(self.context.task.name),
+            progress=progress_log(name),
             seeds=seeds,
-            finished=lambda row: finished(rows[row]),
+            finished=lambda row: finished(self.adapters[row]),
         )
-        return failed | {key: str(trained[row].error) for key, row in self.row.items() if trained[row].error}
+        return failed | {
+            adapter: str(one.error) for adapter, one in zip(self.adapters, trained, strict=True) if one.error
+        }
 
     def predict(self, keys: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
         """Answers to all queries of these users, in one pass; and why each failed user failed."""

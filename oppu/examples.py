@@ -10,7 +10,7 @@ from oppu.config import Augmentation
 from oppu.packing import Example
 from oppu.prompts import Prompt, Tokenizer, fit, ids
 from oppu.records import InputError, Item, Query, User
-from oppu.retrieval import Draws, retrieve_for_history, retrieve_for_queries
+from oppu.retrieval import BM25, Draws, Search, retrieve_for_history, retrieve_for_queries
 from oppu.tasks import Task
 
 
@@ -26,6 +26,7 @@ class Context:
     seed: int
     pool: Sequence[Item] | None = None
     """Items of base-training users, for the augmentation `random`; None: the user's own past."""
+    search: Search = BM25
 
     def draws(self, user: User) -> Draws:
         """Where a user's random items come from."""
@@ -43,7 +44,7 @@ def history_examples(
     is over the budget is left out and counted.
     """
     task = context.task
-    retrieved = retrieve_for_history(task, user.history, context.augmentation, context.draws(user))
+    retrieved = retrieve_for_history(task, user.history, context.augmentation, context.draws(user), context.search)
     examples = []
     first = max(len(user.history) - max_items, 0) if max_items else 0
     for item, items in list(zip(user.history, retrieved, strict=True))[first:]:
@@ -87,7 +88,9 @@ def query_prompts(
 
 def _query_prompts(context: Context, user: User, profile: str | None) -> list[Prompt]:
     task = context.task
-    retrieved = retrieve_for_queries(task, user.history, user.queries, context.augmentation, context.draws(user))
+    retrieved = retrieve_for_queries(
+        task, user.history, user.queries, context.augmentation, context.draws(user), context.search
+    )
     return [
         Prompt(task, task.query_fields(query.input), items, profile)
         for query, items in zip(user.queries, retrieved, strict=True)

@@ -43,13 +43,15 @@ def _common(config: Config, task: Task, name: str) -> dict[str, Any]:
         "model": config.model.model_dump(include={"dtype", "max_length", "quantization"}),
         "random": config.retrieval.random if what.random else None,
         "query": config.retrieval.query if found and what.retriever != "recency" else None,
-        "encoder": config.retrieval.encoder if what.retriever == "dense" else None,
         "versions": VERSIONS,
     }
 
 
-def _model(config: Config) -> dict[str, Any]:
-    return config.model.model_dump(include={"path", "revision", "convert"})
+def _where(config: Config, name: str) -> dict[str, Any]:
+    """Where models lie: what they are is told by their files, in the base's manifest."""
+    dense = parse_augmentation(seeded(name)[0]).retriever == "dense"
+    model = config.model.model_dump(include={"path", "revision", "convert"})
+    return {"model": model, "encoder": config.retrieval.encoder if dense else None}
 
 
 def base_recipe(config: Config, task: str, augmentation: str) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def base_recipe(config: Config, task: str, augmentation: str) -> dict[str, Any]:
     return _common(config, tasks()[task], augmentation) | {
         "examples": lora.examples,
         "training": training,
-        "runtime": {"training": runtime, "model": _model(config)},
+        "runtime": {"training": runtime} | _where(config, augmentation),
     }
 
 
@@ -75,11 +77,7 @@ def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history
         "history": history,
         "training": training if peft != "none" else None,
         "generation": generation,
-        "runtime": {
-            "training": train_runtime,
-            "generation": generate_runtime,
-            "model": _model(config),
-        },
+        "runtime": {"training": train_runtime, "generation": generate_runtime} | _where(config, augmentation),
     }
 
 

@@ -1,5 +1,7 @@
 """Retrieval: R(q, H, k) of section 2.2 by BM25, also over the past alone (H^{<t} of section 3), and random items.
 
+Beyond the paper: the newest items (recency), and the nearest by an encoder's vectors (dense).
+
 Documents and queries are split at single spaces and keep their case. Scores are rank_bm25's BM25Okapi (k1 1.5, b .75,
 epsilon .25). What rank_bm25 leaves open is fixed here: the higher score comes first, then the more recent document;
 an empty corpus gives nothing; k beyond the corpus gives all of it, and so also what shares no word with the query.
@@ -10,8 +12,9 @@ duplicates make negative): they rank as they stand. An empty text is one empty w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from rank_bm25 import BM25Okapi
@@ -156,23 +159,46 @@ def _draw(
     return () if item is None else (item,)
 
 
-def query_text(task: Task, query: Query) -> str:
-    """What is searched for a query: phi_t, the base prompt, or the task's own `retrieval_query`."""
-    template = task.retrieval_query or task.prompt
-    parts = task.read(query.input)
-    return render(template, {name: parts[name] for name in fields_of(template)})
+@dataclass(frozen=True)
+class Search:
+    """How items are searched: with what, and for dense retrieval by whose vectors.
+
+    `encode` gives one vector of length 1 for each text: [n, d].
+    """
+
+    query: Literal["prompt", "text"] = "prompt"
+    encode: Callable[[Sequence[str]], np.ndarray] | None = field(default=None, compare=False)
 
 
-def history_text(task: Task, item: Item) -> str:
-    """What is searched for a history item in training: as for a query, of its x; a plain item's own text."""
-    if not task.pair:
-        return task.item_text(item)
-    template, parts = task.retrieval_query or task.prompt, task.item_fields(item)
+BM25 = Search()
+
+
+def _searched(task: Task, parts: dict[str, str], query: str) -> str:
+    template = task.retrieval_query or (task.prompt if query == "prompt" else None)
+    if template is None:
+        return " ".join(parts[name] for name in fields_of(task.prompt))
     return render(template, {name: parts[name] for name in fields_of(template) if name in parts})
 
 
+def query_text(task: Task, query: Query, how: str = "prompt") -> str:
+    """What is searched for a query: phi_t, the base prompt, or the task's own `retrieval_query`.
+
+    With `how` "text" it is the query's own text alone, without instruction and labels.
+    """
+    return _searched(task, task.read(query.input), how)
+
+
+def history_text(task: Task, item: Item, how: str = "prompt") -> str:
+    """What is searched for a history item in training: as for a query, of its x; a plain item's own text."""
+    return _searched(task, task.item_fields(item), how) if task.pair else task.item_text(item)
+
+
 def retrieve_for_history(
-    task: Task, history: Sequence[Item], augmentation: Augmentation, draws: Draws | None = None
+    task: Task,
+    history: Sequence[Item],
+    augmentation: Augmentation,
+    draws: Draws | None = None,
+    search: Search = BM25,
 ) -> list[tuple[Item, ...]]:
     """For each item of a history the items that its training prompt carries, best first (D_u^{<t} of section 3).
 
@@ -184,8 +210,24 @@ def retrieve_for_history(
     if augmentation.k == 0:
         return [()] * len(history)
     documents = [task.item_text(item) for item in history]
-    found = prefix_top_k(documents, [history_text(task, item) for item in history], augmentation.k)
+    queries = [history_text(task, item, search.query) for item in history]
+    if augmentation.retriever == "recency":
+        found = [list(range(i)[::-1][: augmentation.k]) for i in range(len(history))]
+    elif augmentation.retriever == "dense":
+        scores = _cosines(search, queries, documents)
+        found = [_best(scores[i, :i], augmentation.k) for i in range(len(history))]
+    else:
+        found = prefix_top_k(documents, queries, augmentation.k)
     return [tuple(history[place] for place in places) for places in found]
+
+
+def _cosines(search: Search, queries: Sequence[str], documents: Sequence[str]) -> np.ndarray:
+    """Cosines [queries, documents] of the encoder's vectors."""
+    if search.encode is None:
+        raise ValueError("dense retrieval needs an encoder (Search.encode)")
+    if not queries or not documents:
+        return np.zeros((len(queries), len(documents)))
+    return search.encode(queries) @ search.encode(documents).T
 
 
 def retrieve_for_queries(
@@ -194,13 +236,20 @@ def retrieve_for_queries(
     queries: Sequence[Query],
     augmentation: Augmentation,
     draws: Draws | None = None,
+    search: Search = BM25,
 ) -> list[tuple[Item, ...]]:
     """For each query the items that its prompt carries, best first: D_u of section 2.2, from the whole history."""
     if augmentation.random:
         return [_draw(task, draws, history, f"query/{query.id}", ()) for query in queries]
     if augmentation.k == 0:
         return [()] * len(queries)
-    index = Index([task.item_text(item) for item in history])
-    return [
-        tuple(history[place] for place in index.top_k(query_text(task, query), augmentation.k)) for query in queries
-    ]
+    texts = [query_text(task, query, search.query) for query in queries]
+    documents = [task.item_text(item) for item in history]
+    if augmentation.retriever == "recency":
+        found = [list(range(len(history))[::-1][: augmentation.k])] * len(queries)
+    elif augmentation.retriever == "dense":
+        found = [_best(row, augmentation.k) for row in _cosines(search, texts, documents)]
+    else:
+        index = Index(documents)
+        found = [index.top_k(text, augmentation.k) for text in texts]
+    return [tuple(history[place] for place in places) for places in found]

@@ -9,6 +9,7 @@ from oppu.records import InputError, Item, Query
 from oppu.retrieval import (
     Draws,
     Index,
+    Search,
     history_text,
     prefix_scores,
     prefix_top_k,
@@ -220,3 +221,51 @@ def test_a_random_item_is_never_a_copy_of_the_item_at_hand_or_of_a_later_one():
         assert texts[0] == texts[1] == ["x"]
         assert texts[2] in (["b"], ["x"])
     assert random_item(items("b"), 0, "t", "u", "p", never=history) is None
+
+
+def by_letters(texts):
+    """An encoder that counts letters."""
+    counts = np.array([[text.count(letter) for letter in "abcdefghij"] for text in texts], dtype=float) + 1e-9
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+
+@given(st.lists(st.text("abcdefghij ", min_size=1, max_size=12), min_size=1, max_size=9), st.integers(1, 4))
+def test_recency_takes_the_newest_and_dense_the_nearest_of_the_past(texts, k):
+    history = [Item(str(n), None, {"text": text, "category": "crime"}) for n, text in enumerate(texts)]
+    queries = [Query("q", NEWS.input.replace("{article}", "abc"))]
+    search = Search("text", by_letters)
+    recency, dense = (parse_augmentation(f"{kind}-k{k}") for kind in ("recency", "dense"))
+    for n, found in enumerate(retrieve_for_history(NEWS, history, recency)):
+        assert list(found) == list(reversed(history[:n]))[:k]
+    assert list(retrieve_for_queries(NEWS, history, queries, recency)[0]) == list(reversed(history))[:k]
+
+    def nearest(text, past):
+        vectors = by_letters([NEWS.item_text(item) for item in past]) if past else np.zeros((0, 10))
+        scores = vectors @ by_letters([text])[0]
+        return [past[place] for place in ranked(scores)][:k]
+
+    for n, found in enumerate(retrieve_for_history(NEWS, history, dense, search=search)):
+        assert len(found) == min(n, k) and set(map(id, found)) <= set(map(id, history[:n]))
+        scores = [by_letters([NEWS.item_text(i)])[0] @ by_letters([history[n].fields["text"]])[0] for i in found]
+        best = [
+            by_letters([NEWS.item_text(i)])[0] @ by_letters([history[n].fields["text"]])[0]
+            for i in nearest(history[n].fields["text"], history[:n])
+        ]
+        assert np.allclose(scores, best)
+    with pytest.raises(ValueError, match="encoder"):
+        retrieve_for_queries(NEWS, history, queries, dense)
+
+
+def test_what_is_searched_is_the_prompt_or_the_text_alone():
+    item, query = (
+        Item("1", None, {"text": "a b", "category": "crime"}),
+        Query("q", NEWS.input.replace("{article}", "x y")),
+    )
+    assert query_text(NEWS, query, "text") == "x y" and "categories:" in query_text(NEWS, query)
+    assert history_text(NEWS, item, "text") == "a b" and "categories:" in history_text(NEWS, item)
+
+
+@pytest.mark.parametrize("name", ["recency-k0", "dense-k0", "dense-1", "recency", "random-k1", "profile-random"])
+def test_a_retriever_without_items_is_no_augmentation(name):
+    with pytest.raises(InputError, match="augmentation"):
+        parse_augmentation(name)

@@ -18,6 +18,7 @@ rule cells:
         histories=members,
         base=f"{BASE}/base.json",
         recipe=f"{SETTING}/recipe.json",
+        adapters=borrowed,
     output:
         f"{SETTING}/cohorts/{{cohort}}.json",
     log:
@@ -31,10 +32,35 @@ rule cells:
         mem_mb=4000,
     params:
         base_users=lambda w: f"{SPLIT}/base.jsonl".format(**w),
+        users=lambda w: f"{SPLIT}/users.json".format(**w),
         mended=lambda w: mended(f"{SETTING}/cohorts/{{cohort}}.json".format(**w)),
     shell:
         "oppu cells {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {params.base_users:q}"
-        " --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
+        " --users {params.users:q} --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
+
+
+# The control `pooled`: one adapter for all test users. It lies in the setting's folder; no user's cell holds it.
+rule pooled:
+    input:
+        histories=lambda w: histories(w.task, users(w.task)),
+        base=f"{BASE}/base.json",
+        recipe=f"{TASK}/{{augmentation}}/pooled/{{history}}/recipe.json",
+    output:
+        f"{TASK}/{{augmentation}}/pooled/{{history}}/pooled.json",
+    log:
+        f"{LOGS}/{{task}}/{{augmentation}}/pooled/{{history}}/pooled.log",
+    benchmark:
+        f"{BENCHMARKS}/{{task}}/{{augmentation}}/pooled/{{history}}/pooled.tsv"
+    conda:
+        "../../envs/oppu.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+    params:
+        mended=lambda w: mended(f"{TASK}/{{augmentation}}/pooled/{{history}}/pooled.json".format(**w)),
+    shell:
+        "oppu pooled {output:q} --recipe {input.recipe:q} --base {input.base:q} --mended {params.mended:q}"
+        " {input.histories:q} > {log:q} 2>&1"
 
 
 # One cell by name: a cohort of one. This job only stamps, it cannot fail halfway; update() keeps Snakemake from

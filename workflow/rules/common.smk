@@ -94,11 +94,22 @@ def raw_files(task):
 
 
 def model_files(w):
-    "The files of a local model folder; a model on the hub has none here."
-    folder = CONFIG.model.path
-    if not os.path.isdir(folder):
-        return []
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json")))
+    "The files of local model folders (the base's, the encoder's); a model on the hub has none here."
+    folders = [CONFIG.model.path, *([CONFIG.retrieval.encoder] if "dense" in w.augmentation else [])]
+    return sorted(
+        os.path.join(folder, name)
+        for folder in folders
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+        if name.endswith((".safetensors", ".json"))
+    )
+
+
+def borrowed(w):
+    "What cells answer with that they do not train: the controls take other adapters (oppu/cells.py, source_of)."
+    if w.peft == "swapped":
+        return cohorts(w.task, f"{w.augmentation}/lora/{w.history}")
+    return [f"{TASK}/{w.augmentation}/pooled/{w.history}/pooled.json".format(task=w.task)] if w.peft == "pooled" else []
 
 
 def base_users(w):

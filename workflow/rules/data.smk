@@ -31,7 +31,6 @@ rule data:
     conda:
         "../../envs/oppu.yaml"
     params:
-        data=lambda w: CONFIG.data,
-        tasks=TASKS,
+        folders=lambda w: [f"{CONFIG.folder(task)}/{task}" for task in TASKS],
     shell:
-        "oppu check {params.data:q} {params.tasks:q} > {output:q} 2> {log:q}"
+        "oppu check {params.folders:q} > {output:q} 2> {log:q}"
