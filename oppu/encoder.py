@@ -38,19 +38,14 @@ class Encoder:
 
         A text's vector does not depend on the others, up to rounding.
         """
-        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-        found: dict[int, np.ndarray] = {}
+        tokens = self.tokenizer(list(texts), truncation=True, max_length=self.longest)["input_ids"] if texts else []
+        order = sorted((n for n, ids in enumerate(tokens) if ids), key=lambda n: len(tokens[n]))
+        vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), ROWS):
             rows = order[start : start + ROWS]
-            batch = self.tokenizer(
-                [texts[n] or " " for n in rows],
-                padding=True,
-                truncation=True,
-                max_length=self.longest,
-                return_tensors="pt",
-            ).to(self.model.device)
-            hidden = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-            mask = batch["attention_mask"][..., None].to(hidden.dtype)
-            mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-            found |= dict(zip(rows, F.normalize(mean.float(), dim=-1).cpu().numpy(), strict=True))
-        return np.stack([found[n] for n in range(len(texts))])
+            batch = self.tokenizer.pad({"input_ids": [tokens[n] for n in rows]}, return_tensors="pt")
+            ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            mean = (hidden * mask[..., None].to(hidden.dtype)).sum(1) / mask.sum(1, keepdim=True)
+            vectors[rows] = F.normalize(mean.float(), dim=-1).cpu().numpy()
+        return vectors

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oppu import config
+from oppu import config, recipe
 from oppu.records import InputError
+from oppu.table1 import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,3 +45,34 @@ def test_personal_settings_come_from_table_4_where_nothing_else_is_said() -> Non
     lora = shipped.lora("LaMP_4")
     assert (lora.rank, lora.epochs, lora.lr, lora.weight_decay, lora.batch_size) == (8, 2, 1e-3, 1e-1, 5)
     assert shipped.lora("LaMP_3").lr == 1e-5
+
+
+def test_the_main_table_is_run_column_by_column_and_nothing_else() -> None:
+    shipped = config.load(yaml.safe_load((ROOT / "config/table1-sample.yaml").read_text()))
+    assert {(a, p) for a, p, _ in shipped.settings} == set(SETTINGS.values())
+    assert len(shipped.settings) == 13
+    assert config.load({}).settings == shipped.settings, "the default of every config: the paper's columns"
+
+
+def test_repeats_are_settings_of_their_own_and_random_is_run_without_an_adapter() -> None:
+    found = config.load({"augmentations": ["k0", "random"], "training_seeds": 3}).settings
+    assert [a for a, p, _ in found if p == "lora"] == ["k0", "k0-s1", "k0-s2"]
+    assert [a for a, p, _ in found if p == "none"] == ["k0", "random", "k0-s1", "random-s1", "k0-s2", "random-s2"]
+    assert [recipe.seeded(a) for a, p, _ in found if p == "lora"] == [("k0", 0), ("k0", 1), ("k0", 2)]
+    with pytest.raises(InputError, match="random"):
+        config.load({"augmentations": ["random"], "peft": ["lora"]})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"peft": ["none", "pooled"]}, "benchmark: true"),
+        ({"peft": ["none", "swapped"]}, "list lora too"),
+        ({"profiles": {"backend": "llm"}}, r"profiles\.path"),
+        ({"task_data": {"LaMP_9": "x"}}, "task_data: no task"),
+        ({"task_base": {"LaMP_3": {"learning_rate": 1}}}, "learning_rate"),
+    ],
+)
+def test_settings_that_cannot_be_run_are_refused(values: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        config.load(values)

@@ -26,7 +26,7 @@ K0 = "results/LaMP_2N/k0"
 def controlled(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project.make(
         tmp_path_factory.mktemp("controls") / "project",
-        augmentations=["k0", "random"],
+        augmentations=["k0"],
         peft=["none", "lora", "pooled", "swapped"],
         benchmark=True,
         training_seeds=2,
@@ -69,13 +69,9 @@ def test_swapped_answers_with_the_next_users_adapter_and_pooled_with_the_common_
             assert not (controlled.folder / K0 / peft / "full/users" / user / "adapter").exists()
 
 
-def test_random_has_no_personal_setting_and_repeats_have_their_own_seed(controlled: Project) -> None:
-    found = {str(path.parent.relative_to(controlled.folder / "results/LaMP_2N")) for path in recipes(controlled)}
-    pefts = ("none", "lora", "pooled", "swapped")
-    wanted = {f"k0{seed}/{peft}/full" for seed in ("", "-s1") for peft in pefts}
-    assert found == wanted | {"random/none/full", "random-s1/none/full"}
+def test_repeats_have_their_own_seed(controlled: Project) -> None:
     seeds = {path.parts[-4]: json.loads(path.read_text())["seed"] for path in recipes(controlled)}
-    assert seeds == {"k0": 0, "random": 0, "k0-s1": 1, "random-s1": 1}
+    assert seeds == {"k0": 0, "k0-s1": 1}
     user = controlled.users()[0]
     first, second = (
         load_file(controlled.folder / f"results/LaMP_2N/{a}/lora/full/users/{user}/adapter/adapter_model.safetensors")
@@ -91,7 +87,7 @@ def recipes(project: Project) -> list[Path]:
 def test_the_controls_are_scored(controlled: Project) -> None:
     with (controlled.folder / "results/tables/scores.csv").open() as f:
         rows = {(r["augmentation"], r["peft"]) for r in csv.DictReader(f)}
-    assert {("k0", "none"), ("k0", "lora"), ("k0", "pooled"), ("k0", "swapped"), ("random", "none")} <= rows
+    assert {("k0", "none"), ("k0", "lora"), ("k0", "pooled"), ("k0", "swapped")} <= rows
 
 
 def test_nothing_is_trained_again_and_a_changed_adapter_is_asked_again(controlled: Project, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ rule base:
     threads: 1
     resources:
         mem_mb=4000,
+        gpu=GPU,
     params:
         mended=lambda w: mended(f"{BASE}/base.json".format(**w)),
     shell:

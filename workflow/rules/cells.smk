@@ -30,6 +30,7 @@ rule cells:
     threads: 1
     resources:
         mem_mb=4000,
+        gpu=GPU,
     params:
         base_users=lambda w: f"{SPLIT}/base.jsonl".format(**w),
         users=lambda w: f"{SPLIT}/users.json".format(**w),
@@ -56,6 +57,7 @@ rule pooled:
     threads: 1
     resources:
         mem_mb=4000,
+        gpu=GPU,
     params:
         mended=lambda w: mended(f"{TASK}/{{augmentation}}/pooled/{{history}}/pooled.json".format(**w)),
     shell:

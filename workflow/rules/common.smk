@@ -21,6 +21,9 @@ RESULTS = CONFIG.results
 TASKS = CONFIG.tasks
 SETTINGS = ["/".join(setting) for setting in CONFIG.settings]
 
+# Jobs that load a model take the machine's GPU where it has one; the default profile has one to give at a time.
+GPU = int(os.path.exists("/dev/nvidia0"))
+
 TASK = f"{RESULTS}/{{task}}"
 SPLIT = f"{TASK}/split"
 BASE = f"{TASK}/{{augmentation}}/base"

@@ -97,6 +97,7 @@ rule tune_setting:
     threads: 1
     resources:
         mem_mb=4000,
+        gpu=GPU,
     params:
         lr=" ".join(map(str, CONFIG.tune.lr)),
         epochs=" ".join(map(str, CONFIG.tune.epochs)),
