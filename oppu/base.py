@@ -86,7 +86,7 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     from accelerate import Accelerator  # torch: seconds, so only when something is stale
 
     from oppu.bank import LoraBank, save_adapter
-    from oppu.cohort import context_of, progress_log
+    from oppu.cohort import context_of, log_memory, progress_log
     from oppu.models import load_base, load_tokenizer
     from oppu.training import plan, train
 
@@ -111,6 +111,7 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     (trained,) = train(model, bank, [examples], [steps], lora, accelerator, progress=progress, seeds=seeds)
     if trained.error is not None:
         raise InputError([f"{folder}: base training failed: {trained.error}"])
+    log_memory()
     with new_folder(folder / "adapter") as new:
         save_adapter(new, bank, 0, model_id["path"])
     return {

@@ -68,6 +68,12 @@ def progress_log(what: str, seconds: float = 30.0) -> Callable[[int, int, int], 
     return tell
 
 
+def log_memory() -> None:
+    """Log the most memory that tensors took on the device; nothing without one."""
+    if torch.cuda.is_available():
+        log.info("peak device memory %.2f GiB", torch.cuda.max_memory_allocated() / 2**30)
+
+
 POOLED = "pooled"
 """The name of the one adapter that all users of a `pooled` setting share."""
 
@@ -184,4 +190,5 @@ class Cohort:
         for (key, query, fitted, tokens), answer in zip(asked, answers, strict=True):
             row = {"id": query.id, "prediction": answer, "prompt_tokens": len(tokens), "cut_query": fitted.cut_query}
             out[key].append(row | {"cut_history": fitted.cut_history})
+        log_memory()
         return out, failed
