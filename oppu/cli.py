@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -112,8 +112,8 @@ def cells(
     cohort_of_cells.run(stamp, recipe, base, histories, base_users, mended)
 
 
-@app.command()
-def score(
+@app.command(name="score-setting")
+def score_setting(
     out: Annotated[Path, typer.Argument(help="scores.json; its folder holds the setting's users/")],
     task: TaskName,
     users: Annotated[Path, typer.Option(help="users.json")],
@@ -147,11 +147,17 @@ def tables(
     settings: Annotated[str, typer.Option(help="augmentation/peft/history, with spaces between them")],
     bootstrap: Annotated[int, typer.Option(help="resamples of users behind each interval")] = 2000,
     seed: Annotated[int, typer.Option(help="seed of the resampling")] = 0,
+    significance: Annotated[
+        Literal["bootstrap", "permutation"], typer.Option(help="the paired test over users behind p and stars")
+    ] = "bootstrap",
+    paper: Annotated[Path | None, typer.Option(help="the paper's own table1.csv, to stand beside")] = None,
 ) -> None:
     """Write tables/ and figures/ from all scored settings."""
     from oppu import results
+    from oppu.boards import Bootstrap
 
-    results.tables_of(folder, tasks.split(), settings.split(), bootstrap, seed)
+    how = Bootstrap(bootstrap, seed, significance)
+    results.tables_of(folder, tasks.split(), settings.split(), how, paper)
 
 
 @app.command()

@@ -8,13 +8,12 @@ import polars as pl
 import pytest
 
 from oppu import table1 as t1
+from oppu.boards import Bootstrap, Setting, boards
 from oppu.metrics import columns
 from oppu.records import InputError, Item, User
 from oppu.scores import score_texts
+from oppu.table1_page import markdown
 from oppu.tables import (
-    Bootstrap,
-    Setting,
-    boards,
     mixed_users,
     read_csv,
     references_table,
@@ -39,12 +38,14 @@ def test_scores_csv_has_the_fixed_columns(tmp_path):
     heads = {p.name: p.read_text().splitlines()[0] for p in tmp_path.glob("*.csv")}
     assert heads["scores.csv"] == (
         "task,augmentation,peft,history,metric,value,ci_low,ci_high,user_mean,diff,diff_low,diff_high,"
-        "n_users,n_queries,p_value,significant"
+        "n_users,n_queries,p_value,significant,p_holm,significant_holm,test"
     )
     assert heads["references.csv"] == "task,reference,metric,value,ci_low,ci_high"
     assert heads["versus.csv"] == (
-        "task,users,augmentation,peft,metric,against,value,other,diff,diff_low,diff_high,n_users,n_queries"
+        "task,users,augmentation,peft,metric,against,value,other,diff,diff_low,diff_high,n_users,n_queries,"
+        "p_value,significant,test"
     )
+    assert heads["seeds.csv"] == ("task,augmentation,peft,history,metric,n_seeds,mean,sd,min,max,diff_mean,diff_sd")
     assert heads["table1.csv"] == (PAPER / "table1.csv").read_text().splitlines()[0]
 
 
@@ -210,7 +211,8 @@ def test_section_5_gains_come_out_of_the_papers_table1():
 
 def test_markdown_marks_best_and_second_as_the_paper_does():
     lines = {
-        tuple(line.split("|")[1:3]): line for line in t1.markdown(read_csv(PAPER / "table1.csv")).splitlines()[2:16]
+        tuple(line.split("|")[1:3]): line
+        for line in markdown(t1.sheet(read_csv(PAPER / "table1.csv"))).splitlines()[2:16]
     }
     found = {tuple(p.strip(" ↑↓") for p in key): line for key, line in lines.items()}
     marks = {
@@ -234,7 +236,15 @@ def test_equal_results_are_equal_bytes_and_read_back(tmp_path):
     for folder in ("a", "b"):
         write_tables(tmp_path / folder, both(TITLES), references, {}, HOW)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == ["references.csv", "scores.csv", "table1.csv", "table1.md", "versus.csv"]
+    assert names == [
+        "references.csv",
+        "scores.csv",
+        "seeds.csv",
+        "table1.csv",
+        "table1.html",
+        "table1.md",
+        "versus.csv",
+    ]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     scores = read_csv(tmp_path / "a" / "scores.csv")

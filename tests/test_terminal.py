@@ -11,7 +11,7 @@ from tests.synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 def shown(tmp_path):
     def show(settings, references, mixed):
         write_tables(tmp_path, settings, references, mixed, HOW)
-        return terminal_table(*(tmp_path / f"{name}.csv" for name in ("scores", "references", "versus")))
+        return terminal_table(*(tmp_path / f"{name}.csv" for name in ("scores", "references", "versus", "seeds")))
 
     return show
 
