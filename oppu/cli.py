@@ -112,6 +112,24 @@ def cells(
     cohort_of_cells.run(stamp, recipe, base, histories, base_users, mended)
 
 
+@app.command()
+def score(
+    predictions: Annotated[
+        Path, typer.Argument(help="LaMP's submission format, a list of it, or JSON lines; gz or not")
+    ],
+    outputs: Annotated[Path, typer.Argument(help="golds: LaMP's …_outputs.json[.gz], or a split's queries.parquet")],
+    task: TaskName,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Score any predictions against any golds as LaMP does; refuses missing, surplus and doubled ids."""
+    from oppu.submissions import score_files
+    from oppu.tasks import task as record
+
+    metrics = score_files(predictions, outputs, record(task))
+    lines = [f"{name}\t{round(value, 6)}" for name, value in metrics.items()]
+    typer.echo(json.dumps(metrics) if as_json else "\n".join(lines))
+
+
 @app.command(name="score-setting")
 def score_setting(
     out: Annotated[Path, typer.Argument(help="scores.json; its folder holds the setting's users/")],
@@ -158,6 +176,35 @@ def tables(
 
     how = Bootstrap(bootstrap, seed, significance)
     results.tables_of(folder, tasks.split(), settings.split(), how, paper)
+
+
+@app.command()
+def statistics(
+    out: Annotated[Path, typer.Argument(help="statistics.json")],
+    histories: Histories,
+    task: TaskName,
+    base_users: BaseUsers,
+    queries: Annotated[Path, typer.Option(help="queries.parquet")],
+    model: Annotated[str, typer.Option(help="model whose tokens are counted: hub id or folder")],
+    revision: Annotated[str | None, typer.Option(help="commit of the model on the hub")] = None,
+) -> None:
+    """Count a task's queries, history items and lengths: its row of Table 5 (appendix B)."""
+    from oppu import statistics as counting
+
+    counting.run(out, task, base_users, queries, histories, model, revision)
+
+
+@app.command()
+def table5(
+    out: Annotated[Path, typer.Argument(help="table5.csv; table5.md stands beside it")],
+    statistics: Annotated[list[Path], typer.Argument(help="statistics.json of each task")],
+    paper: Annotated[Path | None, typer.Option(help="the paper's own table5.csv, to stand beside")] = None,
+) -> None:
+    """Write Table 5 from every task's statistics."""
+    from oppu.statistics import write_table5
+    from oppu.tables import read_csv
+
+    write_table5(out, statistics, read_csv(paper) if paper else None)
 
 
 @app.command()

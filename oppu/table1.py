@@ -114,7 +114,7 @@ def sheet(
     seeds: pl.DataFrame | None = None,
     paper: pl.DataFrame | None = None,
 ) -> list[Line]:
-    """The rows of `table1` with places; scores.csv, seeds.csv and the paper's Table 1 add what stands beside a value."""
+    """The rows of `table1` with places; scores.csv, seeds.csv and the paper's Table 1 add what stands beside."""
     sure = {k for k, row in _by_column(scores).items() if row["significant_holm"]}
     spread = {k: number(row["sd"]) for k, row in _by_column(seeds).items() if row["sd"] is not None}
     theirs = {(r["task"], r["metric"]): r for r in paper.iter_rows(named=True)} if paper is not None else {}

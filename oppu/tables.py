@@ -60,7 +60,7 @@ def scores_table(boards: Iterable[Board], test: str = "bootstrap") -> pl.DataFra
     `p_holm` corrects `p_value` for all comparisons of lora against none in the whole table, over tasks, metrics,
     augmentations and histories; controls are outside that family and have none. `test` names what p is of.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for board in boards:
         for (augmentation, peft, history), own in board.settings.items():
             other = board.counterpart(augmentation, history) if peft != "none" else None
