@@ -114,10 +114,8 @@ def cells(
 
 @app.command()
 def score(
-    predictions: Annotated[
-        Path, typer.Argument(help="LaMP's submission format, a list of it, or JSON lines; gz or not")
-    ],
-    outputs: Annotated[Path, typer.Argument(help="golds: LaMP's …_outputs.json[.gz], or a split's queries.parquet")],
+    predictions: Annotated[Path, typer.Argument(exists=True, help="LaMP's submission format, a list, or JSON lines")],
+    outputs: Annotated[Path, typer.Argument(exists=True, help="golds: LaMP's …_outputs.json[.gz], or queries.parquet")],
     task: TaskName,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

@@ -1,9 +1,9 @@
 """Table 5: how much there is to learn from, and how long it is (appendix B).
 
 Lengths are of LaMP's raw input and output (no prompt, no retrieved items), in words between white space: that is what
-the paper's 'tokens' are, since LaMP_1's answer `[1]` has length 1.0. Personal lengths are of the test users' queries and
-golds, not of history items: LaMP_1's items have no answer that could be of length 1.0. Beside them stand the same lengths
-in the model's own tokens, without special ones.
+the paper's 'tokens' are, since LaMP_1's answer `[1]` has length 1.0. Personal lengths are of the test users' queries
+and golds, not of history items: LaMP_1's items have no answer that could be of length 1.0. Beside them stand the same
+lengths in the model's own tokens, without special ones.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ def model_lengths(path: str, revision: str | None = None) -> Lengths:
         slow = load_tokenizer(path, revision)
         return lambda texts: [len(ids) for ids in slow(list(texts), add_special_tokens=False)["input_ids"]]
     try:
-        fast = (
-            Tokenizer.from_file(str(local)) if local.exists() else Tokenizer.from_pretrained(path, revision or "main")
-        )
+        found = local.exists()
+        fast = Tokenizer.from_file(str(local)) if found else Tokenizer.from_pretrained(path, revision or "main")
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError([f"model {path!r}: no tokenizer could be loaded: {error}"]) from error
     fast.no_truncation()

@@ -27,10 +27,8 @@ def score_files(predictions: Path, outputs: Path, task: Task) -> dict[str, float
     """
     problems: list[str] = []
     given, golds = (_answers(path, task, problems) for path in (predictions, outputs))
-    problems += [
-        f"{predictions}: id {i}: no prediction for this gold of {outputs.name}" for i in golds if i not in given
-    ]
-    problems += [f"{predictions}: id {i}: no such gold in {outputs.name}; drop it" for i in given if i not in golds]
+    problems += [f"{predictions}: id {i}: no prediction, but {outputs} has its gold" for i in golds if i not in given]
+    problems += [f"{predictions}: id {i}: no such gold in {outputs}; drop it" for i in given if i not in golds]
     if problems:
         raise InputError(problems)
     everyone = pl.DataFrame({"user": "all", "id": list(golds), "gold": list(golds.values())})
