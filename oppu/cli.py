@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -131,6 +131,22 @@ def pooled(
 
 @app.command()
 def score(
+    predictions: Annotated[Path, typer.Argument(exists=True, help="LaMP's submission format, a list, or JSON lines")],
+    outputs: Annotated[Path, typer.Argument(exists=True, help="golds: LaMP's …_outputs.json[.gz], or queries.parquet")],
+    task: TaskName,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Score any predictions against any golds as LaMP does; refuses missing, surplus and doubled ids."""
+    from oppu.submissions import score_files
+    from oppu.tasks import task as record
+
+    metrics = score_files(predictions, outputs, record(task))
+    lines = [f"{name}\t{round(value, 6)}" for name, value in metrics.items()]
+    typer.echo(json.dumps(metrics) if as_json else "\n".join(lines))
+
+
+@app.command(name="score-setting")
+def score_setting(
     out: Annotated[Path, typer.Argument(help="scores.json; its folder holds the setting's users/")],
     task: TaskName,
     users: Annotated[Path, typer.Option(help="users.json")],
@@ -164,11 +180,46 @@ def tables(
     settings: Annotated[str, typer.Option(help="augmentation/peft/history, with spaces between them")],
     bootstrap: Annotated[int, typer.Option(help="resamples of users behind each interval")] = 2000,
     seed: Annotated[int, typer.Option(help="seed of the resampling")] = 0,
+    significance: Annotated[
+        Literal["bootstrap", "permutation"], typer.Option(help="the paired test over users behind p and stars")
+    ] = "bootstrap",
+    paper: Annotated[Path | None, typer.Option(help="the paper's own table1.csv, to stand beside")] = None,
 ) -> None:
     """Write tables/ and figures/ from all scored settings."""
     from oppu import results
+    from oppu.boards import Bootstrap
 
-    results.tables_of(folder, tasks.split(), settings.split(), bootstrap, seed)
+    how = Bootstrap(bootstrap, seed, significance)
+    results.tables_of(folder, tasks.split(), settings.split(), how, paper)
+
+
+@app.command()
+def statistics(
+    out: Annotated[Path, typer.Argument(help="statistics.json")],
+    histories: Histories,
+    task: TaskName,
+    base_users: BaseUsers,
+    queries: Annotated[Path, typer.Option(help="queries.parquet")],
+    model: Annotated[str, typer.Option(help="model whose tokens are counted: hub id or folder")],
+    revision: Annotated[str | None, typer.Option(help="commit of the model on the hub")] = None,
+) -> None:
+    """Count a task's queries, history items and lengths: its row of Table 5 (appendix B)."""
+    from oppu import statistics as counting
+
+    counting.run(out, task, base_users, queries, histories, model, revision)
+
+
+@app.command()
+def table5(
+    out: Annotated[Path, typer.Argument(help="table5.csv; table5.md stands beside it")],
+    statistics: Annotated[list[Path], typer.Argument(help="statistics.json of each task")],
+    paper: Annotated[Path | None, typer.Option(help="the paper's own table5.csv, to stand beside")] = None,
+) -> None:
+    """Write Table 5 from every task's statistics."""
+    from oppu.statistics import write_table5
+    from oppu.tables import read_csv
+
+    write_table5(out, statistics, read_csv(paper) if paper else None)
 
 
 @app.command()

@@ -25,21 +25,27 @@ _KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false",
 
 def load(path: Path) -> Any:
     """JSON of a file, plain or gzip. InputError says what is wrong and where, without the file's name."""
+    text = read_text(path)
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError([f"is not JSON: {error.msg} at {place}; fetch it again or mend it there"]) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError([f"is not JSON that can be read: {error}"]) from None
+
+
+def read_text(path: Path) -> str:
+    """Text of a file, plain or gzip. InputError as in `load`."""
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        return json.loads(data.decode("utf-8-sig"), parse_constant=_refuse)
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError([f"its gzip data is cut short or damaged ({error}); fetch it again"]) from None
     except OSError as error:
         raise InputError([f"cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
         raise InputError([f"is not UTF-8 at byte {error.start}; fetch it again"]) from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise InputError([f"is not JSON: {error.msg} at {place}; fetch it again or mend it there"]) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError([f"is not JSON that can be read: {error}"]) from None
 
 
 def _refuse(constant: str) -> NoReturn:

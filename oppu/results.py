@@ -10,9 +10,11 @@ from pathlib import Path
 import polars as pl
 
 from oppu import scores, tables
+from oppu.boards import Bootstrap, Setting
 from oppu.cells import read_predictions
 from oppu.files import read_base, read_json, read_user, read_users, write_bytes, write_json
 from oppu.plots import table1_figure, write_figure
+from oppu.recipe import seeded
 from oppu.records import InputError
 from oppu.references import references as predict_references
 from oppu.split import read_queries
@@ -49,17 +51,24 @@ def references(out: Path, task: str, base_users: Path, histories: Sequence[Path]
     write_json(out, nested)
 
 
-def tables_of(folder: Path, tasks: Sequence[str], settings: Sequence[str], bootstrap: int, seed: int) -> None:
-    """Write tables/ and figures/ of a results folder from its scored settings and references."""
+def tables_of(
+    folder: Path, tasks: Sequence[str], settings: Sequence[str], how: Bootstrap, paper: Path | None = None
+) -> None:
+    """Write tables/ and figures/ of a results folder from its scored settings and references.
+
+    `paper` is the paper's Table 1, to stand beside ours.
+    """
     scored = []
     for task, setting in itertools.product(tasks, settings):
-        augmentation, peft, history = setting.split("/")
+        name, peft, history = setting.split("/")
+        augmentation, repeat = seeded(name)
         table = pl.read_parquet(folder / task / setting / "scored.parquet")
-        scored.append(tables.Setting(task_record(task), augmentation, peft, history, table))
+        scored.append(Setting(task_record(task), augmentation, peft, history, table, repeat))
     lines = {task: _flat(read_json(folder / task / "references.json")) for task in tasks}
     mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
-    tables.write_tables(folder / "tables", scored, lines, mixed, tables.Bootstrap(bootstrap, seed))
-    paths = [folder / "tables" / f"{name}.csv" for name in ("scores", "references", "versus")]
+    theirs = tables.read_csv(paper) if paper else None
+    tables.write_tables(folder / "tables", scored, lines, mixed, how, theirs)
+    paths = [folder / "tables" / f"{name}.csv" for name in ("scores", "references", "versus", "seeds")]
     write_bytes(folder / "tables" / "results.txt", terminal_table(*paths).encode(), mode=0o644)
     figure = table1_figure(tables.read_csv(paths[0]), tables.read_csv(paths[1]))
     write_figure(folder / "figures" / "table1.svg", figure)

@@ -1,7 +1,8 @@
-"""Table 1 in the shape of data/paper/table1.csv, from scores.csv, and as markdown."""
+"""Table 1 from scores.csv: in the shape of data/paper/table1.csv, and as a sheet that pages are written from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -33,6 +34,33 @@ PAIRS = {
     if peft == "lora" and setting == (augmentation, "none")
 }
 """Column with OPPU -> its counterpart: what section 5's gains are relative to."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of Table 1 and what stands beside it."""
+
+    text: str
+    star: bool
+    """A significant improvement over the counterpart (p < .05)."""
+    holm: bool
+    """Also after Holm's correction."""
+    place: int
+    """1 for the best value of its row, 2 for the second best (ties share), else 0."""
+    spread: str | None
+    """Standard deviation over training seeds, where there are several."""
+    paper: str | None
+    """The paper's own cell."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of Table 1; `cells` has the columns that were run."""
+
+    task: str
+    metric: str
+    better: str
+    cells: dict[str, Cell]
 
 
 def table1(scores: pl.DataFrame) -> pl.DataFrame:
@@ -80,34 +108,57 @@ def value_of(cell: str | None) -> float | None:
     return float(cell.rstrip("*")) if cell else None
 
 
-def markdown(table: pl.DataFrame) -> str:
-    """Table 1 in markdown: per row the best value bold, the second best underlined, as shown (ties share)."""
-    shown = [name for name in SETTINGS if any(table[name])]
-    lines = [
-        "| task | metric | " + " | ".join(name.replace("_", " ") for name in shown) + " |",
-        "|---|---|" + "---:|" * len(shown),
-    ]
+def sheet(
+    table: pl.DataFrame,
+    scores: pl.DataFrame | None = None,
+    seeds: pl.DataFrame | None = None,
+    paper: pl.DataFrame | None = None,
+) -> list[Line]:
+    """The rows of `table1` with places; scores.csv, seeds.csv and the paper's Table 1 add what stands beside."""
+    sure = {k for k, row in _by_column(scores).items() if row["significant_holm"]}
+    spread = {k: number(row["sd"]) for k, row in _by_column(seeds).items() if row["sd"] is not None}
+    theirs = {(r["task"], r["metric"]): r for r in paper.iter_rows(named=True)} if paper is not None else {}
+    lines = []
     for row in table.iter_rows(named=True):
-        arrow = "↓" if row["better"] == "lower" else "↑"
-        ranked = sorted(
-            {v for name in shown if (v := value_of(row[name])) is not None}, reverse=row["better"] == "higher"
-        )
-        cells = [_marked(row[name], ranked[:2]) for name in shown]
-        lines.append(f"| {row['task']} | {row['metric']} {arrow} | " + " | ".join(cells) + " |")
-    note = (
-        "Per row the best value is bold, the second best underlined. `*`: significantly better than the same column"
-        " without OPPU (paired bootstrap over users, p < .05). Blank: not run."
-    )
-    return "\n".join([*lines, "", note, ""])
+        key, best = (row["task"], row["metric"]), _ranked(row)[:2]
+        cells = {
+            name: Cell(
+                text=row[name].rstrip("*"),
+                star=row[name].endswith("*"),
+                holm=row[name].endswith("*") and (*key, name) in sure,
+                place=next((n for n, value in enumerate(best, 1) if value == value_of(row[name])), 0),
+                spread=spread.get((*key, name)),
+                paper=theirs.get(key, {}).get(name),
+            )
+            for name in SETTINGS
+            if row[name]
+        }
+        lines.append(Line(*key, row["better"], cells))
+    return lines
+
+
+def columns_of(lines: list[Line]) -> list[str]:
+    """The columns in which any row has a value."""
+    return [name for name in SETTINGS if any(name in line.cells for line in lines)]
+
+
+def _ranked(row: dict[str, Any]) -> list[float]:
+    """The values of a row as shown, each once, the best first."""
+    found = {value for name in SETTINGS if (value := value_of(row[name])) is not None}
+    return sorted(found, reverse=row["better"] == "higher")
+
+
+def _by_column(table: pl.DataFrame | None) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Rows about the full history of scores.csv or seeds.csv by (task, metric, column of Table 1)."""
+    if table is None:
+        return {}
+    names = {setting: name for name, setting in SETTINGS.items()}
+    return {
+        (row["task"], row["metric"], names[row["augmentation"], row["peft"]]): row
+        for row in table.filter(history="full").iter_rows(named=True)
+        if (row["augmentation"], row["peft"]) in names
+    }
 
 
 def _cell(row: dict[str, Any] | None) -> str | None:
     return None if row is None else number(row["value"]) + ("*" if improved(row) else "")
-
-
-def _marked(cell: str | None, best: list[float]) -> str:
-    value = value_of(cell)
-    if cell is None or value not in best:
-        return (cell or "").replace("*", r"\*")
-    text = cell.replace("*", r"\*")
-    return f"**{text}**" if value == best[0] else f"<u>{text}</u>"

@@ -1,21 +1,18 @@
-"""Result tables: scores.csv, references.csv and versus.csv (the numbers behind Tables 1 to 3)."""
+"""Result tables: scores.csv, references.csv, versus.csv and seeds.csv (the numbers behind Tables 1 to 3)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
+from oppu.boards import Board, Bootstrap, References, Setting, boards
 from oppu.files import write_bytes
-from oppu.metrics import user_values
-from oppu.records import InputError, User
-from oppu.scores import UserSums, score_texts, user_sums
-from oppu.significance import Difference, Estimate, differences, draws, estimates
+from oppu.records import User
+from oppu.significance import ALPHA, TESTS, Difference, Estimate, holm
 from oppu.tasks import Task
 
 SCORES = {
@@ -24,6 +21,9 @@ SCORES = {
     **dict.fromkeys(["n_users", "n_queries"], pl.Int64),
     "p_value": pl.Float64,
     "significant": pl.Boolean,
+    "p_holm": pl.Float64,
+    "significant_holm": pl.Boolean,
+    "test": pl.String,
 }
 REFERENCES = {
     **dict.fromkeys(["task", "reference", "metric"], pl.String),
@@ -33,95 +33,46 @@ VERSUS = {
     **dict.fromkeys(["task", "users", "augmentation", "peft", "metric", "against"], pl.String),
     **dict.fromkeys(["value", "other", "diff", "diff_low", "diff_high"], pl.Float64),
     **dict.fromkeys(["n_users", "n_queries"], pl.Int64),
+    "p_value": pl.Float64,
+    "significant": pl.Boolean,
+    "test": pl.String,
 }
-
-References = Mapping[str, Mapping[str, Mapping[tuple[str, str], str]]]
-"""Task name -> reference name -> (user key, query id) -> answer."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One scored setting of a task; `scored` is what `scores.score` gives (scored.parquet)."""
-
-    task: Task
-    augmentation: str
-    peft: str
-    history: str
-    scored: pl.DataFrame
-
-    def __str__(self) -> str:
-        return f"{self.task.name}/{self.augmentation}/{self.peft}/{self.history}"
+SEEDS = {
+    **dict.fromkeys(["task", "augmentation", "peft", "history", "metric"], pl.String),
+    "n_seeds": pl.Int64,
+    **dict.fromkeys(["mean", "sd", "min", "max", "diff_mean", "diff_sd"], pl.Float64),
+}
+SCHEMAS: dict[str, Any] = {
+    "scores.csv": SCORES,
+    "references.csv": REFERENCES,
+    "versus.csv": VERSUS,
+    "seeds.csv": SEEDS,
+}
+CONTROLS = ("pooled", "swapped")
+"""Adapters that are not the user's own: one trained on all test users' histories, and another user's."""
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are drawn: config.bootstrap and config.seed."""
-
-    resamples: int = 2000
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Board:
-    """All settings and references of one task as per-user sums over the same users and queries."""
-
-    task: Task
-    users: list[str]
-    queries: pl.DataFrame
-    settings: dict[tuple[str, str, str], UserSums]
-    references: dict[str, UserSums]
-    weights: Any
-
-    def counterpart(self, augmentation: str, history: str) -> UserSums | None:
-        """The same setting without a personal adapter. Without retrieval the prompt holds no history, so k0 has one
-        counterpart for every history variant."""
-        same = self.settings.get((augmentation, "none", history))
-        return same or (self.settings.get(("k0", "none", "full")) if augmentation == "k0" else None)
-
-    def only(self, chosen: set[str], bootstrap: Bootstrap) -> Board:
-        """The board of some of its users."""
-        keep = np.array([user in chosen for user in self.users])
-
-        def cut(whole: UserSums) -> UserSums:
-            return UserSums([user for user in whole.users if user in chosen], whole.sums[keep])
-
-        return Board(
-            self.task,
-            [user for user in self.users if user in chosen],
-            self.queries.filter(pl.col("user").is_in(sorted(chosen))),
-            {key: cut(sums) for key, sums in self.settings.items()},
-            {name: cut(sums) for name, sums in self.references.items()},
-            draws(self.task, int(keep.sum()), bootstrap.resamples, bootstrap.seed),
-        )
-
-
-def boards(settings: Sequence[Setting], references: References, bootstrap: Bootstrap) -> list[Board]:
-    """One board per task, in the order of the settings. InputError where settings of a task differ in their queries."""
-    by_task: dict[str, list[Setting]] = {}
-    for setting in settings:
-        by_task.setdefault(setting.task.name, []).append(setting)
-    problems = [problem for group in by_task.values() for problem in _unpaired(group)]
-    if problems:
-        raise InputError(problems)
-    return [_board(group, references.get(name, {}), bootstrap) for name, group in by_task.items()]
-
-
-def scores_table(boards: Iterable[Board]) -> pl.DataFrame:
+def scores_table(boards: Iterable[Board], test: str = "bootstrap") -> pl.DataFrame:
     """scores.csv: one row per setting and metric.
 
     `diff` is the value minus that of the counterpart without a personal adapter (so below 0 is better for mae and
     rmse); blank for the counterpart itself and where there is none. `user_mean` is the mean of the users' own values.
+    `p_holm` corrects `p_value` for all comparisons of lora against none in the whole table, over tasks, metrics,
+    augmentations and histories; controls are outside that family and have none. `test` names what p is of.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for board in boards:
         for (augmentation, peft, history), own in board.settings.items():
             other = board.counterpart(augmentation, history) if peft != "none" else None
-            found = differences(board.task, own.sums, other.sums, board.weights) if other else {}
-            means = {name: float(v.mean()) for name, v in user_values(board.task, own.sums).items()}
+            found = board.differences(own, other) if other else {}
+            means = board.user_means(own)
             setting = {"task": board.task.name, "augmentation": augmentation, "peft": peft, "history": history}
-            for metric, estimate in estimates(board.task, own.sums, board.weights).items():
-                numbers = _estimate(estimate) | _difference(found.get(metric)) | _sizes(board)
+            for metric, estimate in board.estimates(own).items():
+                numbers = _estimate(estimate) | _difference(found.get(metric), test) | _sizes(board)
                 rows.append(setting | {"metric": metric, "user_mean": means[metric]} | numbers)
+    family = [row for row in rows if row["peft"] == "lora" and "p_value" in row]
+    for row, p in zip(family, holm([row["p_value"] for row in family]), strict=True):
+        row |= {"p_holm": p, "significant_holm": p < ALPHA}
     return pl.DataFrame(rows, schema=SCORES)
 
 
@@ -131,22 +82,48 @@ def references_table(boards: Iterable[Board]) -> pl.DataFrame:
         {"task": board.task.name, "reference": name, "metric": metric} | _estimate(estimate)
         for board in boards
         for name, own in board.references.items()
-        for metric, estimate in estimates(board.task, own.sums, board.weights).items()
+        for metric, estimate in board.estimates(own).items()
     ]
     return pl.DataFrame(rows, schema=REFERENCES)
 
 
-def versus_table(boards: Iterable[Board], mixed: Mapping[str, set[str]], bootstrap: Bootstrap) -> pl.DataFrame:
-    """versus.csv: every personal setting on the full history against its counterpart (`none`) and every reference.
+def versus_table(boards: Iterable[Board], mixed: Mapping[str, set[str]], how: Bootstrap) -> pl.DataFrame:
+    """versus.csv: every adapter on the full history against its counterpart (`none`) and every reference, and the
+    user's own (lora) against the controls of the same augmentation.
 
-    For all users, and for the mixed ones (task name -> user keys, see `mixed_users`) of tasks that have any.
+    lora minus swapped is what is personal in the gain; swapped minus none is mere practice at the task. For all users,
+    and for the mixed ones (task name -> user keys, see `mixed_users`) of tasks that have any.
     """
     rows: list[dict[str, Any]] = []
     for board in boards:
-        rows += _versus(board, "all")
+        rows += _versus(board, "all", how.test)
         if chosen := mixed.get(board.task.name, set()) & set(board.users):
-            rows += _versus(board.only(chosen, bootstrap), "mixed")
+            rows += _versus(board.only(chosen, how), "mixed", how.test)
     return pl.DataFrame(rows, schema=VERSUS)
+
+
+def seeds_table(repeats: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """seeds.csv: what base and adapter trained with other seeds reach, from one scores.csv per training seed.
+
+    mean, sd (of a sample: n - 1), min and max of `value`; mean and sd of `diff`, whose counterpart has the same seed.
+    The users are the same, so this spread comes beside the interval over users, not in its place. Empty for one seed.
+    """
+    if len(repeats) < 2:
+        return pl.DataFrame(schema=SEEDS)
+    value, diff = pl.col("value"), pl.col("diff")
+    return (
+        pl.concat(repeats)
+        .group_by("task", "augmentation", "peft", "history", "metric", maintain_order=True)
+        .agg(
+            pl.len().cast(pl.Int64).alias("n_seeds"),
+            value.mean().alias("mean"),
+            value.std().alias("sd"),
+            value.min().alias("min"),
+            value.max().alias("max"),
+            diff.mean().alias("diff_mean"),
+            diff.std().alias("diff_sd"),
+        )
+    )
 
 
 def mixed_users(task: Task, users: Sequence[User], share: float = 0.8) -> set[str]:
@@ -165,19 +142,31 @@ def write_tables(
     settings: Sequence[Setting],
     references: References,
     mixed: Mapping[str, set[str]],
-    bootstrap: Bootstrap,
+    how: Bootstrap,
+    paper: pl.DataFrame | None = None,
 ) -> None:
-    """Write scores.csv, references.csv, versus.csv, table1.csv and table1.md into a folder."""
-    from oppu.table1 import markdown, table1
+    """Write scores.csv, references.csv, versus.csv, seeds.csv and table1.{csv,md,html} into a folder.
 
-    found = boards(settings, references, bootstrap)
-    scores = scores_table(found)
+    `paper` is the paper's Table 1; its values stand beside ours in markdown and HTML.
+    """
+    from oppu.table1 import sheet, table1
+    from oppu.table1_page import html, markdown
+
+    found = boards([s for s in settings if s.repeat == 0], references, how)
+    scores = scores_table(found, how.test)
+    further = [
+        scores_table(boards([s for s in settings if s.repeat == number], {}, how), how.test)
+        for number in sorted({s.repeat for s in settings} - {0})
+    ]
+    seeds = seeds_table([scores, *further])
     write_csv(folder / "scores.csv", scores)
     write_csv(folder / "references.csv", references_table(found))
-    write_csv(folder / "versus.csv", versus_table(found, mixed, bootstrap))
-    table = table1(scores)
-    write_csv(folder / "table1.csv", table)
-    write_bytes(folder / "table1.md", markdown(table).encode(), mode=0o644)
+    write_csv(folder / "versus.csv", versus_table(found, mixed, how))
+    write_csv(folder / "seeds.csv", seeds)
+    write_csv(folder / "table1.csv", table := table1(scores))
+    lines = sheet(table, scores, seeds, paper)
+    for name, text in (("table1.md", markdown(lines, how.test)), ("table1.html", html(lines, how.test))):
+        write_bytes(folder / name, text.encode(), mode=0o644)
 
 
 def write_csv(path: Path, table: pl.DataFrame) -> None:
@@ -187,8 +176,8 @@ def write_csv(path: Path, table: pl.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pl.DataFrame:
-    """Read scores.csv, references.csv or versus.csv back with its types; other tables as text."""
-    schema: Any = {"scores.csv": SCORES, "references.csv": REFERENCES, "versus.csv": VERSUS}.get(path.name)
+    """Read scores.csv, references.csv, versus.csv or seeds.csv back with its types; other tables as text."""
+    schema = SCHEMAS.get(path.name)
     return pl.read_csv(path, schema=schema) if schema else pl.read_csv(path, infer_schema=False)
 
 
@@ -197,47 +186,22 @@ def augmentation_order(table: pl.DataFrame) -> list[str]:
     return sorted(set(table["augmentation"]), key=lambda a: (a.startswith("profile"), a == "random", len(a), a))
 
 
-def _board(group: list[Setting], references: Mapping[str, Mapping[tuple[str, str], str]], how: Bootstrap) -> Board:
-    task, queries = group[0].task, group[0].scored.select("user", "id", "gold")
-    settings = {(s.augmentation, s.peft, s.history): user_sums(task, s.scored) for s in group}
-    lines = {name: user_sums(task, score_texts(task, queries, texts).scored) for name, texts in references.items()}
-    users = next(iter(settings.values())).users
-    return Board(task, users, queries, settings, lines, draws(task, len(users), how.resamples, how.seed))
-
-
-def _unpaired(group: list[Setting]) -> list[str]:
-    def queries(setting: Setting) -> set[tuple[str, ...]]:
-        return set(setting.scored.select("user", "id", "gold").iter_rows())
-
-    first, seen, problems = queries(group[0]), set(), []
-    for setting in group:
-        if str(setting) in seen:
-            problems.append(f"{setting}: given twice")
-        seen.add(str(setting))
-        if odd := first ^ queries(setting):
-            user, query, _ = min(odd)
-            problems.append(
-                f"{setting}: {len(odd)} queries differ from those of {group[0]}, first user {user}, query {query};"
-                " score both on the same users.json"
-            )
-    return problems
-
-
-def _versus(board: Board, users: str) -> list[dict[str, Any]]:
+def _versus(board: Board, users: str, test: str) -> list[dict[str, Any]]:
     rows = []
     for (augmentation, peft, history), own in board.settings.items():
         if peft == "none" or history != "full":
             continue
-        counterpart = board.counterpart(augmentation, history)
-        others = ({"none": counterpart} if counterpart else {}) | board.references
-        values = estimates(board.task, own.sums, board.weights)
+        same = {"none": board.counterpart(augmentation, history)}
+        if peft == "lora":
+            same |= {control: board.settings.get((augmentation, control, history)) for control in CONTROLS}
+        others = {name: sums for name, sums in same.items() if sums} | board.references
+        values = board.estimates(own)
         setting = {"task": board.task.name, "users": users, "augmentation": augmentation, "peft": peft}
         for against, other in others.items():
-            for metric, d in differences(board.task, own.sums, other.sums, board.weights).items():
+            for metric, d in board.differences(own, other).items():
                 value = values[metric].value
                 pair = {"metric": metric, "against": against, "value": value, "other": value - d.value}
-                gap = {"diff": d.value, "diff_low": d.low, "diff_high": d.high}
-                rows.append(setting | pair | gap | _sizes(board))
+                rows.append(setting | pair | _difference(d, test) | _sizes(board))
     return rows
 
 
@@ -249,14 +213,14 @@ def _estimate(found: Estimate) -> dict[str, float]:
     return {"value": found.value, "ci_low": found.low, "ci_high": found.high}
 
 
-def _difference(found: Difference | None) -> dict[str, Any]:
+def _difference(found: Difference | None, test: str) -> dict[str, Any]:
     if found is None:
         return {}
-    numbers = asdict(found)
     return {
-        "diff": numbers["value"],
-        "diff_low": numbers["low"],
-        "diff_high": numbers["high"],
+        "diff": found.value,
+        "diff_low": found.low,
+        "diff_high": found.high,
         "p_value": found.p_value,
         "significant": found.significant,
+        "test": TESTS[test],
     }

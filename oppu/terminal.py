@@ -1,4 +1,4 @@
-"""scores.csv, references.csv and versus.csv as plain text for the terminal, at most 100 columns wide."""
+"""scores.csv, references.csv, versus.csv and seeds.csv as plain text for the terminal, at most 100 columns wide."""
 
 from __future__ import annotations
 
@@ -10,34 +10,48 @@ from typing import Any
 import polars as pl
 
 from oppu.metrics import better, columns
+from oppu.significance import TESTS
 from oppu.table1 import number
-from oppu.tables import augmentation_order, read_csv
+from oppu.tables import CONTROLS, augmentation_order, read_csv
 from oppu.tasks import Task, tasks
 
 FIRST, WIDE, WIDTH = 12, 28, 100
 
 NOTE = (
     "[ ]: 95 % interval, bootstrap over users; it covers who is in the sample, not the training seed. A difference is"
-    " paired over users and marked where its interval excludes 0: * better, 'worse' worse. Unmarked means that these"
-    " users do not settle it, not that there is no difference; of comparisons without any difference one in twenty is"
-    " marked by chance. 'lora minus' takes the reference that is strongest on these very queries. Mixed users: their"
-    " commonest label is at most 80 % of their history; for the others a constant answer is hard to beat."
+    " paired over users and marked where p < .05 ({test}): * better, 'worse' worse. Unmarked means that these users do"
+    " not settle it, not that there is no difference; of comparisons without any difference one in twenty is marked by"
+    " chance (scores.csv has p corrected by Holm beside). 'lora minus' takes the reference that is strongest on these"
+    " very queries. Mixed users: their commonest label is at most 80 % of their history; for the others a constant"
+    " answer is hard to beat."
+)
+CONTROLS_NOTE = (
+    " Controls: swapped is another user's adapter, pooled one adapter trained on all test users' histories. swapped -"
+    " none is mere practice at the task, lora - swapped is what is personal."
+)
+SEEDS_NOTE = (
+    " ±: standard deviation over training seeds of base and adapter, on the same users; the rows before are the first"
+    " seed's."
 )
 
 
-def terminal_table(scores: Path, references: Path, versus: Path) -> str:
-    """What the three files say about the full history, per task and metric; every line at most 100 characters.
+def terminal_table(scores: Path, references: Path, versus: Path, seeds: Path) -> str:
+    """What the four files say about the full history, per task and metric; every line at most 100 characters.
 
     References are compared on the first metric only; versus.csv has both.
     """
-    tables = [read_csv(path) for path in (scores, references, versus)]
-    full, lines, against = tables[0].filter(history="full"), tables[1], tables[2]
+    full, lines, against, spread = (read_csv(path) for path in (scores, references, versus, seeds))
+    full, spread = full.filter(history="full"), spread.filter(history="full")
     blocks = []
     for task in (task for name, task in tasks().items() if name in set(full["task"])):
         for metric in columns(task):
-            rows = [table.filter(task=task.name, metric=metric) for table in (full, lines, against)]
+            rows = [table.filter(task=task.name, metric=metric) for table in (full, lines, against, spread)]
             blocks.append("\n".join(_block(task, metric, *rows)))
-    blocks.append(textwrap.fill(NOTE, WIDTH))
+    test = next(iter(full["test"].drop_nulls()), TESTS["bootstrap"])
+    note = NOTE.format(test=test)
+    note += CONTROLS_NOTE if full["peft"].is_in(CONTROLS).any() else ""
+    note += SEEDS_NOTE if len(spread) else ""
+    blocks.append(textwrap.fill(note, WIDTH))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -47,10 +61,15 @@ def strongest(lines: pl.DataFrame, metric: str) -> list[str]:
     return found["reference"].head(1).to_list()
 
 
-def _block(task: Task, metric: str, full: pl.DataFrame, lines: pl.DataFrame, versus: pl.DataFrame) -> list[str]:
+def _block(
+    task: Task, metric: str, full: pl.DataFrame, lines: pl.DataFrame, versus: pl.DataFrame, spread: pl.DataFrame
+) -> list[str]:
     size = f"{full['n_users'][0]} users, {full['n_queries'][0]} queries"
     text = [f"{task.name} {task.title}: {metric} ({better(metric)} is better); {size}"]
     text += _grid(full, ["none", "lora"])
+    text += _spread(spread, ["none", "lora"])
+    for control in (name for name in CONTROLS if name in set(full["peft"])):
+        text += _control(control, full, versus.filter(users="all", peft="lora", against=control))
     if len(lines):
         named = ", ".join(f"{r['reference']} {number(r['value'])}" for r in lines.iter_rows(named=True))
         text += textwrap.wrap(f"without a model: {named}", WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -66,6 +85,31 @@ def _grid(full: pl.DataFrame, kinds: list[str]) -> list[str]:
     for augmentation in augmentation_order(full):
         cells = [_cell(rows.get((augmentation, kind)), number, "value", "ci_low", "ci_high") for kind in kinds]
         text.append(_line(augmentation, *cells, _difference(rows.get((augmentation, "lora")))))
+    return text
+
+
+def _spread(seeds: pl.DataFrame, kinds: list[str]) -> list[str]:
+    """The same over training seeds: mean ± standard deviation; nothing where there is one seed."""
+    if not len(seeds):
+        return []
+    rows = {(r["augmentation"], r["peft"]): r for r in seeds.iter_rows(named=True)}
+    text = [_line(f"{seeds['n_seeds'][0]} seeds", *kinds, "lora - none")]
+    for augmentation in augmentation_order(seeds):
+        cells = [_mean(rows.get((augmentation, kind)), number, "mean", "sd") for kind in kinds]
+        text.append(
+            _line(augmentation, *cells, _mean(rows.get((augmentation, "lora")), _signed, "diff_mean", "diff_sd"))
+        )
+    return text
+
+
+def _control(control: str, full: pl.DataFrame, versus: pl.DataFrame) -> list[str]:
+    """What a control reaches, what it gains over none, and what the user's own adapter gains over it."""
+    rows = {r["augmentation"]: r for r in full.filter(peft=control).iter_rows(named=True)}
+    own = {r["augmentation"]: r for r in versus.iter_rows(named=True)}
+    text = [_line("control", control, f"{control} - none", f"lora - {control}")]
+    for augmentation in (name for name in augmentation_order(full) if name in rows):
+        value = _cell(rows[augmentation], number, "value", "ci_low", "ci_high")
+        text.append(_line(augmentation, value, _difference(rows[augmentation]), _difference(own.get(augmentation))))
     return text
 
 
@@ -111,9 +155,13 @@ def _cell(row: dict[str, Any] | None, write: Callable[[float], str], value: str,
     return f"{write(row[value])} [{write(row[low])}, {write(row[high])}]"
 
 
+def _mean(row: dict[str, Any] | None, write: Callable[[float], str], mean: str, sd: str) -> str:
+    return "-" if row is None or row[mean] is None else f"{write(row[mean])} ± {number(row[sd])}"
+
+
 def _difference(row: dict[str, Any] | None) -> str:
-    """A paired difference, marked where its interval excludes 0 and at least six users stand behind it."""
+    """A paired difference, marked where it is significant."""
     text = _cell(row, _signed, "diff", "diff_low", "diff_high")
-    if row is None or row["diff"] is None or row["n_users"] < 6 or row["diff_low"] <= 0 <= row["diff_high"]:
+    if row is None or not row["significant"]:
         return text
     return text + (" *" if (row["diff"] < 0) == (better(row["metric"]) == "lower") else " worse")

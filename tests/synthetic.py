@@ -3,8 +3,8 @@
 import numpy as np
 import polars as pl
 
+from oppu.boards import Bootstrap, Setting
 from oppu.scores import score_texts
-from oppu.tables import Bootstrap, Setting
 from oppu.tasks import task
 
 HOW = Bootstrap(resamples=200, seed=0)
@@ -22,9 +22,9 @@ def answers(of, users, right, seed):
     return queries, given
 
 
-def setting(of, augmentation, peft, right, seed=0, history="full", users=20):
+def setting(of, augmentation, peft, right, seed=0, history="full", users=20, repeat=0):
     queries, given = answers(of, users, right, seed)
-    return Setting(of, augmentation, peft, history, score_texts(of, queries, given).scored)
+    return Setting(of, augmentation, peft, history, score_texts(of, queries, given).scored, repeat)
 
 
 def both(of, augmentation="k0"):

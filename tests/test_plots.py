@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oppu.boards import boards
 from oppu.plots import spread, table1_figure, write_figure
-from oppu.tables import boards, references_table, scores_table
+from oppu.tables import references_table, scores_table
 from tests.synthetic import HOW, NEWS, RATING, both, reference, setting
 
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from oppu.metrics import values
-from oppu.significance import differences, draws, estimates, interval, p_value
+from oppu.significance import differences, draws, estimates, holm, interval, p_value, permutation_p, swaps
 from oppu.tasks import task
 
 TITLES, NEWS = task("LaMP_5"), task("LaMP_2N")
@@ -116,3 +116,78 @@ def test_other_users_are_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="not paired"):
         differences(TITLES, generation(rng, 5, 0.5), generation(rng, 6, 0.5), draws(TITLES, 5, 10, 0))
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.01, 0.03])
+def test_permutation_agrees_with_scipy_on_a_mean(effect):
+    """With equal queries per user pooled ROUGE is the mean over users; scipy swaps users' pairs too."""
+    rng = np.random.default_rng(3)
+    before = generation(rng, 12, 0.5)
+    after = before.copy()
+    after[:, 1] += 4 * (effect + 0.03 * rng.standard_normal(12))
+    found = differences(TITLES, after, before, draws(TITLES, 12, 100, 0), swaps(TITLES, 12, 20_000, 0))["rouge1"]
+    pairs = after[:, 1] / 4, before[:, 1] / 4
+    expected = stats.permutation_test(
+        pairs, lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples", n_resamples=np.inf
+    )  # all 2^12 of them
+    assert found.value == pytest.approx(expected.statistic)
+    assert found.p_value == pytest.approx(expected.pvalue, abs=0.012)
+
+
+def test_permutation_of_a_metric_that_is_no_mean_equals_a_loop():
+    sums, other = (confusion(np.random.default_rng(seed), 9) for seed in (0, 1))
+    swapped = swaps(NEWS, 9, 60, seed=0)
+    found = differences(NEWS, sums, other, draws(NEWS, 9, 60, seed=0), swapped)["f1"]
+    sample = []
+    for row in swapped.astype(bool):
+        left = values(NEWS, np.where(row[:, None], other, sums).sum(0))["f1"]
+        sample.append(left - values(NEWS, np.where(row[:, None], sums, other).sum(0))["f1"])
+    as_large = sum(abs(d) >= abs(found.value) - 1e-12 for d in sample)
+    assert found.p_value == (1 + as_large) / 61
+    same = differences(NEWS, sums, other, draws(NEWS, 9, 60, seed=0))["f1"]
+    assert (found.low, found.high) == (same.low, same.high)  # the interval stays the bootstrap's
+
+
+def test_a_permutation_test_without_an_effect_is_significant_about_1_in_20_times():
+    false = 0
+    for seed in range(200):
+        rng = np.random.default_rng(2000 + seed)
+        before, after = generation(rng, 30, 0.5), generation(rng, 30, 0.5)
+        chance = swaps(TITLES, 30, 400, seed)
+        false += differences(TITLES, after, before, draws(TITLES, 30, 10, seed), chance)["rouge1"].significant
+    assert 2 <= false <= 22
+
+
+def test_swaps_are_seeded_and_even():
+    first = swaps(NEWS, 7, 500, seed=3)
+    assert (first == swaps(NEWS, 7, 500, seed=3)).all() and (first != swaps(NEWS, 7, 500, seed=4)).any()
+    assert set(first.ravel()) == {0, 1} and 0.45 < first.mean() < 0.55
+
+
+def test_few_users_prove_nothing_by_permutation_either():
+    never = np.zeros(2000)
+    assert permutation_p(0.3, never, users=1) == 1
+    assert permutation_p(0.3, never, users=5) == 0.0625
+    assert permutation_p(0.3, never, users=100) == 1 / 2001
+    assert permutation_p(0.0, never, users=100) == 1
+
+
+@pytest.mark.parametrize(
+    ("p", "corrected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4 x .005, 3 x .01, 2 x .03, then never below it
+        ([0.04, 0.04], [0.08, 0.08]),
+        ([0.6, 0.7, 0.0001], [1, 1, 0.0003]),
+        ([0.02], [0.02]),
+        ([], []),
+    ],
+)
+def test_holm_by_hand(p, corrected):
+    assert holm(p) == pytest.approx(corrected)
+
+
+def test_holm_keeps_the_risk_of_any_false_finding():
+    rng = np.random.default_rng(0)
+    families = [rng.random(20) for _ in range(1000)]
+    assert 25 <= sum(min(holm(p)) < 0.05 for p in families) <= 75
+    assert sum(min(p) < 0.05 for p in families) > 500  # what goes wrong without it

@@ -1,20 +1,22 @@
 import csv
 import gzip
 import json
+import statistics
+import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
 from oppu import table1 as t1
+from oppu.boards import Bootstrap, Setting, boards
 from oppu.metrics import columns
 from oppu.records import InputError, Item, User
 from oppu.scores import score_texts
+from oppu.table1_page import html, markdown
 from oppu.tables import (
-    Bootstrap,
-    Setting,
-    boards,
     mixed_users,
     read_csv,
     references_table,
@@ -39,12 +41,14 @@ def test_scores_csv_has_the_fixed_columns(tmp_path):
     heads = {p.name: p.read_text().splitlines()[0] for p in tmp_path.glob("*.csv")}
     assert heads["scores.csv"] == (
         "task,augmentation,peft,history,metric,value,ci_low,ci_high,user_mean,diff,diff_low,diff_high,"
-        "n_users,n_queries,p_value,significant"
+        "n_users,n_queries,p_value,significant,p_holm,significant_holm,test"
     )
     assert heads["references.csv"] == "task,reference,metric,value,ci_low,ci_high"
     assert heads["versus.csv"] == (
-        "task,users,augmentation,peft,metric,against,value,other,diff,diff_low,diff_high,n_users,n_queries"
+        "task,users,augmentation,peft,metric,against,value,other,diff,diff_low,diff_high,n_users,n_queries,"
+        "p_value,significant,test"
     )
+    assert heads["seeds.csv"] == ("task,augmentation,peft,history,metric,n_seeds,mean,sd,min,max,diff_mean,diff_sd")
     assert heads["table1.csv"] == (PAPER / "table1.csv").read_text().splitlines()[0]
 
 
@@ -210,7 +214,8 @@ def test_section_5_gains_come_out_of_the_papers_table1():
 
 def test_markdown_marks_best_and_second_as_the_paper_does():
     lines = {
-        tuple(line.split("|")[1:3]): line for line in t1.markdown(read_csv(PAPER / "table1.csv")).splitlines()[2:16]
+        tuple(line.split("|")[1:3]): line
+        for line in markdown(t1.sheet(read_csv(PAPER / "table1.csv"))).splitlines()[2:16]
     }
     found = {tuple(p.strip(" ↑↓") for p in key): line for key, line in lines.items()}
     marks = {
@@ -234,7 +239,15 @@ def test_equal_results_are_equal_bytes_and_read_back(tmp_path):
     for folder in ("a", "b"):
         write_tables(tmp_path / folder, both(TITLES), references, {}, HOW)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == ["references.csv", "scores.csv", "table1.csv", "table1.md", "versus.csv"]
+    assert names == [
+        "references.csv",
+        "scores.csv",
+        "seeds.csv",
+        "table1.csv",
+        "table1.html",
+        "table1.md",
+        "versus.csv",
+    ]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     scores = read_csv(tmp_path / "a" / "scores.csv")
@@ -248,3 +261,105 @@ def test_the_papers_other_tables_are_there():
         personal = task(row["task"]).personal
         paper = [float(row[k]) for k in ("rank", "epochs", "lr", "l2", "batch_size")]
         assert paper == [personal.rank, personal.epochs, personal.lr, personal.weight_decay, personal.batch_size]
+
+
+def with_controls(of):
+    """base < swapped < lora, on two prompts."""
+    kinds = {"none": 0.3, "lora": 0.9, "pooled": 0.5, "swapped": 0.5}
+    return [setting(of, a, kind, right, seed=n) for a in ("k0", "k1") for n, (kind, right) in enumerate(kinds.items())]
+
+
+def test_controls_have_differences_and_lora_is_set_against_them():
+    found = boards(with_controls(NEWS), {}, HOW)
+    scores, versus = scores_table(found), versus_table(found, {}, HOW)
+    value = {r["peft"]: r["value"] for r in scores.filter(augmentation="k1", metric="accuracy").iter_rows(named=True)}
+    for control in ("pooled", "swapped"):
+        row = only(scores, augmentation="k1", peft=control, metric="accuracy")
+        assert row["diff"] == pytest.approx(value[control] - value["none"])
+        own = only(versus, augmentation="k1", peft="lora", against=control, metric="accuracy")
+        assert own["diff"] == pytest.approx(value["lora"] - value[control]) and own["significant"]
+        assert own["diff"] == pytest.approx(own["value"] - own["other"])
+    assert set(versus.filter(pl.col("peft") != "lora")["against"]) == {"none"}
+
+
+def test_holm_is_over_all_comparisons_of_lora_against_none():
+    scores = scores_table(boards(with_controls(NEWS) + both(RATING) + both(TITLES, "k1"), {}, HOW))
+    compared = scores.filter(pl.col("p_value").is_not_null())
+    family = compared.filter(peft="lora")
+    assert len(family) == 8  # two prompts of one task, one of each other, two metrics
+    assert compared.filter(pl.col("peft") != "lora")["p_holm"].null_count() == 8
+    smallest = family.sort("p_value").row(0, named=True)
+    assert smallest["p_holm"] == pytest.approx(min(1, 8 * smallest["p_value"]))
+    assert (family["significant_holm"] == (family["p_holm"] < 0.05)).all()
+
+
+def test_the_test_is_named_and_changes_p_but_no_interval():
+    plain, chance = (
+        scores_table(boards(both(NEWS), {}, Bootstrap(200, 0, t)), t) for t in ("bootstrap", "permutation")
+    )
+    assert set(plain["test"].drop_nulls()) == {"paired bootstrap over users"}
+    assert set(chance["test"].drop_nulls()) == {"paired permutation over users"}
+    same = ["value", "diff", "diff_low", "diff_high"]
+    assert plain.select(same).equals(chance.select(same))
+    assert only(chance, peft="lora", metric="accuracy")["significant"]
+
+
+def repeated(of, seeds=3):
+    return [
+        setting(of, "k0", kind, right, seed=10 * n + i, repeat=n)
+        for n in range(seeds)
+        for i, (kind, right) in enumerate({"none": 0.4, "lora": 0.8}.items())
+    ]
+
+
+def test_seeds_csv_is_the_spread_over_repeats(tmp_path):
+    settings = repeated(NEWS)
+    write_tables(tmp_path, settings, {}, {}, HOW)
+    seeds = read_csv(tmp_path / "seeds.csv")
+    right = {
+        kind: np.array([s.scored["correct"].mean() for s in settings if s.peft == kind]) for kind in ("none", "lora")
+    }
+    row = only(seeds, peft="lora", metric="accuracy")
+    assert row["n_seeds"] == 3
+    assert [row[n] for n in ("mean", "sd", "min", "max")] == pytest.approx(
+        [statistics.mean(right["lora"]), statistics.stdev(right["lora"]), min(right["lora"]), max(right["lora"])],
+        abs=1e-6,
+    )
+    gain = right["lora"] - right["none"]
+    assert (row["diff_mean"], row["diff_sd"]) == pytest.approx((gain.mean(), statistics.stdev(gain)), abs=1e-6)
+    assert row["sd"] > 0 and only(seeds, peft="none", metric="accuracy")["diff_mean"] is None
+    # the main tables are the first seed's
+    write_tables(tmp_path / "first", repeated(NEWS, 1), {}, {}, HOW)
+    for name in ("scores.csv", "versus.csv", "table1.csv"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    assert read_csv(tmp_path / "first" / "seeds.csv").is_empty()
+    assert f"± {t1.number(row['sd'])}" in (tmp_path / "table1.md").read_text()
+
+
+def test_repeats_on_other_queries_than_each_other_are_refused(tmp_path):
+    odd = [setting(NEWS, "k0", "none", 0.4, repeat=1), setting(NEWS, "k0", "lora", 0.4, users=19, repeat=1)]
+    with pytest.raises(InputError, match="LaMP_2N/k0-s1/lora/full: 5 queries differ"):
+        write_tables(tmp_path, repeated(NEWS, 1) + odd, {}, {}, HOW)
+
+
+def test_the_papers_values_stand_beside_ours_where_the_task_is_the_same(tmp_path):
+    paper = read_csv(PAPER / "table1.csv")
+    write_tables(tmp_path, both(NEWS), {}, {}, HOW, paper)
+    first = (tmp_path / "table1.md").read_text().splitlines()[2]
+    assert r"(.787) |" in first and r"(.810\*) |" in first and "\u2020" in first
+    assert "Llama-2-7B" in (tmp_path / "table1.md").read_text()
+    without = markdown(t1.sheet(read_csv(tmp_path / "table1.csv")))
+    assert "(.787)" not in without and "Llama" not in without and "\u2020 " not in without.splitlines()[2]
+
+
+def test_the_page_holds_the_same_cells_and_loads_nothing():
+    table, paper = read_csv(PAPER / "table1.csv"), read_csv(PAPER / "table1.csv")
+    page = html(t1.sheet(table, paper=paper))
+    rows = ET.fromstring(page.split("<div>")[1].split("</div>")[0]).findall("tbody/tr")
+    cells = [["".join(td.itertext()) for td in row.findall("td")] for row in rows]
+    names = list(t1.SETTINGS)
+    assert cells == [[f"{r[n]}({r[n]})" if r[n] else "" for n in names] for r in table.iter_rows(named=True)]
+    best = [[td.find("b").text for td in row.findall("td") if td.find("b") is not None] for row in rows]
+    assert best[0] == [".797*"] and best[-1] == [".533*", ".533*"]
+    assert all(row.find("td/u") is not None for row in rows)
+    assert "http" not in page and "<script" not in page

@@ -11,7 +11,7 @@ from tests.synthetic import HOW, NEWS, RATING, TITLES, both, reference, setting
 def shown(tmp_path):
     def show(settings, references, mixed):
         write_tables(tmp_path, settings, references, mixed, HOW)
-        return terminal_table(*(tmp_path / f"{name}.csv" for name in ("scores", "references", "versus")))
+        return terminal_table(*(tmp_path / f"{name}.csv" for name in ("scores", "references", "versus", "seeds")))
 
     return show
 
@@ -56,3 +56,32 @@ def test_no_line_is_wider_than_the_terminal(shown):
     assert max(len(line) for line in text.splitlines()) <= 100
     assert all(name in text for name in tasks())
     assert task("LaMP_7").title in text
+
+
+def test_controls_are_shown_with_their_gain_and_what_lora_adds(shown):
+    kinds = {"none": 0.3, "lora": 0.9, "pooled": 0.5, "swapped": 0.3}
+    text = shown([setting(NEWS, "k0", kind, right, seed=n) for n, (kind, right) in enumerate(kinds.items())], {}, {})
+    first = text.split("\n\n")[0].splitlines()
+    at = first.index(next(line for line in first if line.split()[:2] == ["control", "swapped"]))
+    assert first[at].split() == ["control", "swapped", "swapped", "-", "none", "lora", "-", "swapped"]
+    assert first[at + 1].startswith("  k0  ") and first[at + 1].endswith(" *")
+    assert any(line.split()[:2] == ["control", "pooled"] for line in first)
+    assert "swapped is another user's adapter" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_spread_over_seeds_is_shown_where_there_are_several(shown):
+    kinds = {"none": 0.4, "lora": 0.8}
+    repeats = [
+        setting(NEWS, "k0", kind, right, seed=10 * n + i, repeat=n)
+        for n in range(2)
+        for i, (kind, right) in enumerate(kinds.items())
+    ]
+    first = shown(repeats, {}, {}).split("\n\n")[0].splitlines()
+    at = first.index(next(line for line in first if line.startswith("  2 seeds")))
+    assert first[at + 1].count("±") == 3 and "+" in first[at + 1]
+    assert "seeds" not in shown(repeats[:2], {}, {}).split("\n\n")[0]
+
+
+def test_the_test_behind_the_marks_is_named(shown):
+    assert "paired bootstrap over users" in " ".join(shown(both(NEWS), {}, {}).split())

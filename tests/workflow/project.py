@@ -65,6 +65,7 @@ class Project:
             (folder / name).symlink_to(ROOT / name)
         (folder / "data/models").mkdir(parents=True)
         (folder / "data/models/oppu-tiny").symlink_to(ROOT / "data/models/oppu-tiny")
+        (folder / "data/paper").symlink_to(ROOT / "data/paper")
         for name in tasks:
             slice_of_sample(folder / "data/raw", name)
         return cls(folder, copy.deepcopy(CONFIG) | {"tasks": list(tasks)} | config)

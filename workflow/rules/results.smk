@@ -4,11 +4,20 @@ TABLES = [
         "scores.csv",
         "references.csv",
         "versus.csv",
+        "seeds.csv",
+        "results.txt",
         "table1.csv",
         "table1.md",
-        "results.txt",
+        "table1.html",
+        "table5.csv",
+        "table5.md",
     )
 ] + [f"{RESULTS}/figures/table1.svg"]
+
+
+def paper_table(name):
+    "The paper's own table, to stand beside ours; nothing where it is not at hand."
+    return [path for path in [f"data/paper/{name}.csv"] if os.path.exists(path)]
 
 
 # Takes users.json, base and recipe themselves, not only the stamps: a failed job must never leave old scores behind.
@@ -28,7 +37,7 @@ rule score:
     conda:
         "../../envs/oppu.yaml"
     shell:
-        "oppu score {output.scores:q} --scored {output.scored:q} --submission {output.submission:q}"
+        "oppu score-setting {output.scores:q} --scored {output.scored:q} --submission {output.submission:q}"
         " --task {wildcards.task:q} --users {input.users:q} --queries {input.queries:q} > {log:q} 2>&1"
 
 
@@ -58,12 +67,12 @@ rule tables:
             setting=SETTINGS,
         ),
         references=expand(f"{TASK}/references.json", task=TASKS),
+        paper=paper_table("table1"),
     output:
-        tables=report(
-            TABLES[:-1],
-            caption="../report/tables.rst",
-            category="Tables",
-        ),
+        tables=report(TABLES[:3], caption="../report/tables.rst", category="Tables"),
+        seeds=report(TABLES[3], caption="../report/seeds.rst", category="Tables"),
+        text=report(TABLES[4], caption="../report/tables.rst", category="Tables"),
+        table1=report(TABLES[5:8], caption="../report/table1_page.rst", category="Tables"),
         figure=report(TABLES[-1], caption="../report/table1.rst", category="Figures"),
     log:
         f"{LOGS}/tables.log",
@@ -72,12 +81,54 @@ rule tables:
     params:
         bootstrap=CONFIG.bootstrap,
         seed=CONFIG.seed,
+        significance=CONFIG.significance,
+        paper=lambda w, input: [f"--paper={path}" for path in input.paper],
         results=lambda w: RESULTS,
         tasks=" ".join(TASKS),
         settings=" ".join(SETTINGS),
     shell:
         "oppu tables {params.results:q} --tasks {params.tasks:q} --settings {params.settings:q}"
-        " --bootstrap {params.bootstrap:q} --seed {params.seed:q} > {log:q} 2>&1"
+        " --bootstrap {params.bootstrap:q} --seed {params.seed:q} --significance {params.significance:q}"
+        " {params.paper:q} > {log:q} 2>&1"
+
+
+# What there is to learn from, per task: Table 5.
+rule statistics:
+    input:
+        histories=lambda w: histories(w.task, users(w.task)),
+        users=f"{SPLIT}/users.json",
+        queries=f"{SPLIT}/queries.parquet",
+        base=base_users,
+        model=model_files,
+    output:
+        f"{TASK}/statistics.json",
+    log:
+        f"{LOGS}/{{task}}/statistics.log",
+    conda:
+        "../../envs/oppu.yaml"
+    params:
+        model=CONFIG.model.path,
+        revision=[f"--revision={CONFIG.model.revision}"] if CONFIG.model.revision else [],
+    shell:
+        "oppu statistics {output:q} --task {wildcards.task:q} --base-users {input.base:q} --queries {input.queries:q}"
+        " --model {params.model:q} {params.revision:q} {input.histories:q} > {log:q} 2>&1"
+
+
+rule table5:
+    input:
+        statistics=expand(f"{TASK}/statistics.json", task=TASKS),
+        paper=paper_table("table5"),
+    output:
+        csv=report(f"{RESULTS}/tables/table5.csv", caption="../report/table5.rst", category="Tables"),
+        md=report(f"{RESULTS}/tables/table5.md", caption="../report/table5.rst", category="Tables"),
+    log:
+        f"{LOGS}/table5.log",
+    conda:
+        "../../envs/oppu.yaml"
+    params:
+        paper=lambda w, input: [f"--paper={path}" for path in input.paper],
+    shell:
+        "oppu table5 {output.csv:q} {input.statistics:q} {params.paper:q} > {log:q} 2>&1"
 
 
 # Hyperparameters are chosen on held-out base users: snakemake --cores all --configfile config/config.yaml config/tune.yaml -- tune

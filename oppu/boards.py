@@ -1,0 +1,137 @@
+"""Settings of a task as per-user sums over the same users and queries: what every table and test is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from oppu.metrics import user_values
+from oppu.records import InputError
+from oppu.scores import UserSums, score_texts, user_sums
+from oppu.significance import Difference, Estimate, differences, draws, estimates, swaps
+from oppu.tasks import Task
+
+References = Mapping[str, Mapping[str, Mapping[tuple[str, str], str]]]
+"""Task name -> reference name -> (user key, query id) -> answer."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One scored setting of a task; `scored` is what `scores.score` gives (scored.parquet).
+
+    `repeat` is the number of its training seed, 0 for the first, whose numbers the tables show.
+    """
+
+    task: Task
+    augmentation: str
+    peft: str
+    history: str
+    scored: pl.DataFrame
+    repeat: int = 0
+
+    def __str__(self) -> str:
+        seed = f"-s{self.repeat}" if self.repeat else ""
+        return f"{self.task.name}/{self.augmentation}{seed}/{self.peft}/{self.history}"
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are drawn and differences tested: config.bootstrap, config.seed, config.significance."""
+
+    resamples: int = 2000
+    seed: int = 0
+    test: Literal["bootstrap", "permutation"] = "bootstrap"
+
+
+@dataclass(frozen=True)
+class Board:
+    """All settings and references of one task; `weights` and `swapped` are shared, so every difference is paired."""
+
+    task: Task
+    users: list[str]
+    queries: pl.DataFrame
+    settings: dict[tuple[str, str, str], UserSums]
+    references: dict[str, UserSums]
+    weights: Any
+    swapped: Any
+
+    def counterpart(self, augmentation: str, history: str) -> UserSums | None:
+        """The same setting without a personal adapter. Without retrieval the prompt holds no history, so k0 has one
+        counterpart for every history variant."""
+        same = self.settings.get((augmentation, "none", history))
+        return same or (self.settings.get(("k0", "none", "full")) if augmentation == "k0" else None)
+
+    def estimates(self, own: UserSums) -> dict[str, Estimate]:
+        """Each metric of one of the board's sums, with its interval."""
+        return estimates(self.task, own.sums, self.weights)
+
+    def user_means(self, own: UserSums) -> dict[str, float]:
+        """Each metric as the mean of the users' own values."""
+        return {name: float(of_users.mean()) for name, of_users in user_values(self.task, own.sums).items()}
+
+    def differences(self, own: UserSums, other: UserSums) -> dict[str, Difference]:
+        """Each metric of one minus the other, paired over users and tested."""
+        return differences(self.task, own.sums, other.sums, self.weights, self.swapped)
+
+    def only(self, chosen: set[str], how: Bootstrap) -> Board:
+        """The board of some of its users."""
+        keep = np.array([user in chosen for user in self.users])
+        users = [user for user in self.users if user in chosen]
+
+        def cut(whole: UserSums) -> UserSums:
+            return UserSums(users, whole.sums[keep])
+
+        return Board(
+            self.task,
+            users,
+            self.queries.filter(pl.col("user").is_in(users)),
+            {key: cut(sums) for key, sums in self.settings.items()},
+            {name: cut(sums) for name, sums in self.references.items()},
+            *_resamples(self.task, len(users), how),
+        )
+
+
+def boards(settings: Sequence[Setting], references: References, how: Bootstrap) -> list[Board]:
+    """One board per task, in the order of the settings. InputError where settings of a task differ in their queries."""
+    by_task: dict[str, list[Setting]] = {}
+    for setting in settings:
+        by_task.setdefault(setting.task.name, []).append(setting)
+    problems = [problem for group in by_task.values() for problem in _unpaired(group)]
+    if problems:
+        raise InputError(problems)
+    return [_board(group, references.get(name, {}), how) for name, group in by_task.items()]
+
+
+def _board(group: list[Setting], references: Mapping[str, Mapping[tuple[str, str], str]], how: Bootstrap) -> Board:
+    task, queries = group[0].task, group[0].scored.select("user", "id", "gold")
+    settings = {(s.augmentation, s.peft, s.history): user_sums(task, s.scored) for s in group}
+    lines = {name: user_sums(task, score_texts(task, queries, texts).scored) for name, texts in references.items()}
+    users = next(iter(settings.values())).users
+    return Board(task, users, queries, settings, lines, *_resamples(task, len(users), how))
+
+
+def _resamples(task: Task, users: int, how: Bootstrap) -> tuple[Any, Any]:
+    weights = draws(task, users, how.resamples, how.seed)
+    return weights, swaps(task, users, how.resamples, how.seed) if how.test == "permutation" else None
+
+
+def _unpaired(group: list[Setting]) -> list[str]:
+    def queries(setting: Setting) -> set[tuple[str, ...]]:
+        return set(setting.scored.select("user", "id", "gold").iter_rows())
+
+    first, seen, problems = queries(group[0]), set(), []
+    for setting in group:
+        if str(setting) in seen:
+            problems.append(f"{setting}: given twice")
+        seen.add(str(setting))
+        if odd := first ^ queries(setting):
+            user, query, _ = min(odd)
+            problems.append(
+                f"{setting}: {len(odd)} queries differ from those of {group[0]}, first user {user}, query {query};"
+                " score both on the same users.json"
+            )
+    return problems
