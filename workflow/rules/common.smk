@@ -95,7 +95,7 @@ def raw_files(task):
     if not found or (len(found) < 4 and os.path.exists(f"{folder}/sources.json")):
         raise WorkflowError(
             f"{folder}: {len(found)} of the 4 files {{train,dev}}_{{questions,outputs}}.json[.gz] are there. LaMP's are"
-            " fetched, or gone on with, by `snakemake --cores all lamp` (with the same --configfile); others belong there."
+            " fetched, or gone on with, by `snakemake --cores all lamp` (with the same --configfile); put others there."
         )
     return found
 

@@ -1,5 +1,5 @@
-# Getting LaMP's files, only when asked: `snakemake --cores all lamp --configfile config/paper.yaml`. Nothing else depends
-# on these rules, so no other target ever downloads. OPPU_LAMP_SITE names another site.
+# Getting LaMP's files, only when asked: `snakemake --cores all lamp --configfile config/paper.yaml`. Nothing else
+# depends on these rules, so no other target ever downloads. OPPU_LAMP_SITE names another site.
 
 
 rule lamp:
