@@ -1,6 +1,7 @@
 # One PEFT Per User: the workflow. Which files and when is decided here and in workflow/rules/; how, in the package oppu.
 #   snakemake --cores all                                        the default config: the sample, two tasks, minutes
 #   snakemake --cores all --configfile config/paper.yaml         another config (config/README.md lists every key)
+#   snakemake --cores all lamp --configfile config/paper.yaml    download LaMP's files for it
 #   snakemake --cores all -n                                     what would run, and why
 #   snakemake --cores all results/LaMP_2N/k0/lora/full/users/u-…/predictions.jsonl        one cell and what it needs
 
@@ -12,6 +13,7 @@ if not workflow.overwrite_configfiles:
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/lamp.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/base.smk"
 include: "workflow/rules/cells.smk"

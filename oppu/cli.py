@@ -62,6 +62,22 @@ def check(
 
 
 @app.command()
+def lamp(
+    data: Annotated[Path, typer.Argument(help="folder for LaMP's files: {task}/{train,dev}_questions.json …")],
+    task: Annotated[list[str], typer.Argument(help="tasks to fetch, e.g. LaMP_2N")],
+    site: Annotated[
+        str | None, typer.Option(envvar="OPPU_LAMP_SITE", help="where the files are; default: LaMP's own site")
+    ] = None,
+    stamp: Annotated[Path | None, typer.Option(help="written last, and only if every file is there")] = None,
+    mended: Mended = "-",
+) -> None:
+    """Download LaMP's time-based files, or check those that are there; goes on where it was cut."""
+    from oppu import download
+
+    download.run(data, task, site, stamp, mended)
+
+
+@app.command()
 def split(
     data: Annotated[Path, typer.Argument(help="folder with LaMP's files")],
     task: Annotated[str, typer.Argument(help="name of the task")],

@@ -92,8 +92,27 @@ def raw_files(task):
         for kind in ("questions", "outputs")
         for end in ("", ".gz")
     ]
-    found = [path for path in (f"{CONFIG.folder(task)}/{task}/{name}" for name in names) if os.path.exists(path)]
-    return found or [f"{CONFIG.folder(task)}/{task}/dev_questions.json"]
+    folder = f"{CONFIG.folder(task)}/{task}"
+    found = [path for path in (f"{folder}/{name}" for name in names) if os.path.exists(path)]
+    # A download that stopped half-way must not pass for a task without train users.
+    if not found or (len(found) < 4 and os.path.exists(f"{folder}/sources.json")):
+        raise WorkflowError(
+            f"{folder}: {len(found)} of the 4 files {{train,dev}}_{{questions,outputs}}.json[.gz] are there. LaMP's are"
+            " fetched, or gone on with, by `snakemake --cores all lamp` (with the same --configfile); put others there."
+        )
+    return found
+
+
+def to_fetch():
+    "The tasks whose files are LaMP's: not made-up users, not the shipped sample, not a task of one's own."
+    sample = os.path.realpath("data/sample")
+    return [
+        task
+        for task in TASKS
+        if task.startswith("LaMP_")
+        and CONFIG.task_data.get(task, CONFIG.data) != "fixtures"
+        and not os.path.realpath(CONFIG.folder(task)).startswith(sample + os.sep)
+    ]
 
 
 def model_files(w):
