@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from oppu import recipe as keys
-from oppu.config import parse_augmentation
 from oppu.files import (
     digest,
     file_digest,
@@ -30,9 +29,8 @@ from oppu.files import (
     write_bytes,
     write_json,
 )
-from oppu.profiles import extractive
+from oppu.profiles import profile_of
 from oppu.records import InputError, Item, User
-from oppu.tasks import tasks
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +94,16 @@ def pool_of(base_users: Path, recipe: dict[str, Any]) -> list[Item] | None:
     return [item for user in read_base(base_users) for item in user.history]
 
 
-def open_cell(folder: Path, user: User, recipe: dict[str, Any], manifest: dict[str, Any], pool: str | None) -> Cell:
-    """A user's cell with the keys its artefacts should have."""
-    task = tasks()[recipe["task"]["name"]]
-    profile = extractive(task, user.history) if parse_augmentation(recipe["augmentation"]).profile else None
+def open_cell(
+    folder: Path,
+    user: User,
+    recipe: dict[str, Any],
+    manifest: dict[str, Any],
+    pool: str | None,
+    profiles: Path | None = None,
+) -> Cell:
+    """A user's cell with the keys its artefacts should have; `profiles` is the task's folder of profiles."""
+    profile = profile_of(recipe, user, profiles)
     wanted: dict[str, str] = {}
     if recipe["peft"] != "none":
         wanted["adapter"] = keys.adapter_key(recipe, manifest, user, profile, pool)
@@ -127,9 +131,18 @@ def held(folder: Path, users: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def run(stamp: Path, recipe: Path, base: Path, histories: Sequence[Path], base_users: Path, mended: str = "-") -> None:
+def run(
+    stamp: Path,
+    recipe: Path,
+    base: Path,
+    histories: Sequence[Path],
+    base_users: Path,
+    mended: str = "-",
+    profiles: Path | None = None,
+) -> None:
     """Bring the cells of these users up to date, then write the stamp; the command of rule `cells`.
 
+    `profiles` is the task's folder of profiles, read where the augmentation carries one.
     Raises InputError at the end when users failed; the others' cells are kept, and there is no stamp.
     """
     values, manifest = read_json(recipe), read_json(base)
@@ -142,7 +155,8 @@ def run(stamp: Path, recipe: Path, base: Path, histories: Sequence[Path], base_u
         cells = []
         for path in histories:
             try:
-                cells.append(open_cell(setting / "users" / path.stem, read_user(path), values, manifest, pool_key))
+                folder = setting / "users" / path.stem
+                cells.append(open_cell(folder, read_user(path), values, manifest, pool_key, profiles))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 failed[path.stem] = f"{path}: {error or type(error).__name__}"
         stale = [cell for cell in cells if cell.stale]

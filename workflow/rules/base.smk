@@ -17,6 +17,7 @@ rule base:
         users=base_users,
         recipe=f"{BASE}/recipe.json",
         model=model_files,
+        profiles=lambda w: profile_stamp(w, "base"),
     output:
         f"{BASE}/base.json",
     log:
@@ -30,6 +31,7 @@ rule base:
         mem_mb=4000,
     params:
         mended=lambda w: mended(f"{BASE}/base.json".format(**w)),
+        profiles=lambda w: PROFILES.format(**w),
     shell:
         "oppu base {output:q} --recipe {input.recipe:q} --base-users {input.users:q} --mended {params.mended:q}"
-        " > {log:q} 2>&1"
+        " --profiles {params.profiles:q} > {log:q} 2>&1"

@@ -18,6 +18,7 @@ rule cells:
         histories=members,
         base=f"{BASE}/base.json",
         recipe=f"{SETTING}/recipe.json",
+        profiles=lambda w: profile_stamp(w, f"cohorts/{w.cohort}"),
     output:
         f"{SETTING}/cohorts/{{cohort}}.json",
     log:
@@ -32,9 +33,10 @@ rule cells:
     params:
         base_users=lambda w: f"{SPLIT}/base.jsonl".format(**w),
         mended=lambda w: mended(f"{SETTING}/cohorts/{{cohort}}.json".format(**w)),
+        profiles=lambda w: PROFILES.format(**w),
     shell:
         "oppu cells {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {params.base_users:q}"
-        " --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
+        " --profiles {params.profiles:q} --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
 
 
 # One cell by name: a cohort of one. This job only stamps, it cannot fail halfway; update() keeps Snakemake from

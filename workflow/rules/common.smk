@@ -20,9 +20,11 @@ except InputError as error:
 RESULTS = CONFIG.results
 TASKS = CONFIG.tasks
 SETTINGS = ["/".join(setting) for setting in CONFIG.settings]
+AUGMENTATIONS = sorted({augmentation for augmentation, *_ in CONFIG.settings})
 
 TASK = f"{RESULTS}/{{task}}"
 SPLIT = f"{TASK}/split"
+PROFILES = f"{TASK}/profiles"
 BASE = f"{TASK}/{{augmentation}}/base"
 SETTING = f"{TASK}/{{augmentation}}/{{peft}}/{{history}}"
 LOGS = f"{RESULTS}/logs"
@@ -60,6 +62,23 @@ def cohorts(task, setting):
     return [f"{RESULTS}/{task}/{setting}/cohorts/{number:03d}.json" for number in range(count)]
 
 
+def with_profile(augmentation):
+    "Whether the prompts of an augmentation (`profile-k0`, `profile-k0-s1`) carry a profile."
+    return settings.parse_augmentation(recipe.seeded(augmentation)[0]).profile
+
+
+def profile_stamp(w, name):
+    "One stamp of a task's profiles; none where the prompts of an augmentation carry none."
+    return [f"{RESULTS}/{w.task}/profiles/{name}.json"] if with_profile(w.augmentation) else []
+
+
+def profiles(task, augmentation):
+    "Stamps of all the profiles behind an augmentation: none where its prompts carry none."
+    if not with_profile(augmentation):
+        return []
+    return [f"{RESULTS}/{task}/profiles/base.json", *cohorts(task, "profiles")]
+
+
 def mended(stamp):
     """A value that changes when a file that a stamp vouches for is gone, so that a plain run brings its job back.
 
@@ -94,8 +113,12 @@ def raw_files(task):
 
 
 def model_files(w):
+    "The files of the model that everything starts from, where it is a local folder."
+    return files_of_model(CONFIG.model.path)
+
+
+def files_of_model(folder):
     "The files of a local model folder; a model on the hub has none here."
-    folder = CONFIG.model.path
     if not os.path.isdir(folder):
         return []
     return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json")))
