@@ -15,6 +15,7 @@ if not workflow.overwrite_configfiles:
 include: "workflow/rules/common.smk"
 include: "workflow/rules/lamp.smk"
 include: "workflow/rules/data.smk"
+include: "workflow/rules/profiles.smk"
 include: "workflow/rules/base.smk"
 include: "workflow/rules/cells.smk"
 include: "workflow/rules/results.smk"
@@ -27,3 +28,4 @@ rule all:
     input:
         TABLES,
         lambda w: [stamp for task in TASKS for setting in SETTINGS for stamp in cohorts(task, setting)],
+        lambda w: [stamp for task in TASKS for name in AUGMENTATIONS for stamp in profiles(task, name)],

@@ -10,12 +10,10 @@ from typing import Any
 
 from oppu import recipe as keys
 from oppu.cells import pool_of
-from oppu.config import parse_augmentation
 from oppu.files import file_digest, folder_digests, lock, new_folder, read_base, read_json, write_json
-from oppu.profiles import extractive
+from oppu.profiles import base_profiles_of
 from oppu.records import InputError, User
 from oppu.seeds import seed_of, seed_text
-from oppu.tasks import tasks
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +31,10 @@ def model_files(path: str, revision: str | None) -> dict[str, str]:
     return {file.name: file_digest(file) for file in files}
 
 
-def run(out: Path, recipe: Path, base_users: Path, mended: str = "-") -> None:
+def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: Path | None = None) -> None:
     """Bring a base up to date, then write `out`, a copy of its manifest; the command of rule `base`.
+
+    `profiles` is the task's folder of profiles, read where the augmentation carries one.
 
     Beside `out`: `adapter/`, the task LoRA as a PEFT folder, and `manifest.json`. Neither is declared to Snakemake,
     which deletes what is declared; they are remade only when their key no longer matches or a file is not whole.
@@ -45,10 +45,11 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-") -> None:
         model = model_files(values["runtime"]["model"]["path"], values["runtime"]["model"]["revision"])
         if encoder := values["runtime"]["encoder"]:
             model |= {f"encoder/{name}": known for name, known in model_files(encoder, None).items()}
-        key = keys.base_key(values, model, file_digest(base_users))
+        texts = base_profiles_of(values, profiles)
+        key = keys.base_key(values, model, file_digest(base_users), texts)
         manifest = _manifest(folder)
         if manifest is None or manifest["key"] != key:
-            trained = _train(folder, values, base_users)
+            trained = _train(folder, values, base_users, texts)
             files = {f"adapter/{name}": known for name, known in folder_digests(folder / "adapter").items()}
             manifest = {"key": key, "model": model, "files": files, **trained}
             write_json(folder / "manifest.json", manifest)
@@ -81,7 +82,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
-def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, Any]:
+def _train(folder: Path, recipe: dict[str, Any], base_users: Path, profiles: dict[str, str] | None) -> dict[str, Any]:
     """Train the task LoRA: the same trainer as for personal adapters, with the base as its only user."""
     from accelerate import Accelerator  # torch: seconds, so only when something is stale
 
@@ -96,9 +97,8 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     model = load_base(model_id["path"], model_id["revision"], recipe["model"]["dtype"], accelerator.device, None)
     users = read_base(base_users)
     counts: Counter[str] = Counter()
-    examples = _examples(
-        recipe, context_of(recipe, tokenizer, pool_of(base_users, recipe), accelerator.device), users, counts
-    )
+    context = context_of(recipe, tokenizer, pool_of(base_users, recipe), accelerator.device)
+    examples = _examples(recipe, context, users, counts, profiles)
     lora = keys.lora_of(recipe)
     name = (recipe["seed"], recipe["task"]["name"], recipe["augmentation"])
     bank = LoraBank(model, lora, 1, seed_of(*name, "base", "initial parameters"))
@@ -122,13 +122,20 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     }
 
 
-def _examples(recipe: dict[str, Any], context: Any, users: Sequence[User], counts: Counter[str]) -> list[Any]:
+def _examples(
+    recipe: dict[str, Any],
+    context: Any,
+    users: Sequence[User],
+    counts: Counter[str],
+    profiles: dict[str, str] | None,
+) -> list[Any]:
     from oppu.examples import history_examples, query_examples
 
-    profiled = parse_augmentation(recipe["augmentation"]).profile
+    if profiles is not None and (missing := [user.key for user in users if user.key not in profiles]):
+        raise InputError([f"base user {key} has no profile in base.jsonl; make base_profiles anew" for key in missing])
     examples = []
     for user in users:
-        profile = extractive(tasks()[recipe["task"]["name"]], user.history) if profiled else None
+        profile = profiles[user.key] if profiles is not None else None
         examples += query_examples(context, user, profile, counts)
         if recipe["examples"] == "queries+history":
             examples += history_examples(context, user, profile, counts, recipe["training"]["max_items"])

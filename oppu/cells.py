@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from oppu import recipe as keys
-from oppu.config import parse_augmentation
 from oppu.files import (
     digest,
     file_digest,
@@ -31,9 +30,8 @@ from oppu.files import (
     write_bytes,
     write_json,
 )
-from oppu.profiles import extractive
+from oppu.profiles import profile_of
 from oppu.records import InputError, Item, User
-from oppu.tasks import tasks
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +97,6 @@ def pool_of(base_users: Path, recipe: dict[str, Any]) -> list[Item] | None:
     return [item for user in read_base(base_users) for item in user.history]
 
 
-def profile_of(recipe: dict[str, Any], user: User) -> str | None:
-    """A user's profile where the setting's prompts carry one."""
-    task = tasks()[recipe["task"]["name"]]
-    return extractive(task, user.history) if parse_augmentation(recipe["augmentation"]).profile else None
-
-
 def source_of(setting: Path, peft: str, user: str, users: Sequence[str]) -> Path:
     """The folder whose adapter/ answers a user's queries in a setting; `users` are all test users of the task.
 
@@ -132,10 +124,19 @@ def borrowed(source: Path) -> str:
 
 
 def open_cell(
-    folder: Path, user: User, recipe: dict[str, Any], manifest: dict[str, Any], pool: str | None, source: Path
+    folder: Path,
+    user: User,
+    recipe: dict[str, Any],
+    manifest: dict[str, Any],
+    pool: str | None,
+    source: Path,
+    profiles: Path | None = None,
 ) -> Cell:
-    """A user's cell with the keys its artefacts should have; `source` is `source_of` the user."""
-    profile = profile_of(recipe, user)
+    """A user's cell with the keys its artefacts should have.
+
+    `source` is `source_of` the user, `profiles` the task's folder of profiles.
+    """
+    profile = profile_of(recipe, user, profiles)
     wanted: dict[str, str] = {}
     adapter = None if recipe["peft"] in {"none", "lora"} else borrowed(source)
     if recipe["peft"] == "lora":
@@ -171,12 +172,14 @@ def run(
     histories: Sequence[Path],
     base_users: Path,
     mended: str = "-",
+    profiles: Path | None = None,
     users: Path | None = None,
 ) -> None:
     """Bring the cells of these users up to date, then write the stamp; the command of rule `cells`.
 
-    `users` is users.json, which `swapped` needs to know all test users. Raises InputError at the end when users failed;
-    the others' cells are kept, and there is no stamp.
+    `profiles` is the task's folder of profiles, read where the augmentation carries one; `users` is users.json, which
+    `swapped` needs to know all test users. Raises InputError at the end when users failed; the others' cells are kept,
+    and there is no stamp.
     """
     values, manifest = read_json(recipe), read_json(base)
     setting = recipe.parent
@@ -191,7 +194,7 @@ def run(
             try:
                 source = source_of(setting, values["peft"], path.stem, everyone)
                 folder = setting / "users" / path.stem
-                cells.append(open_cell(folder, read_user(path), values, manifest, pool_key, source))
+                cells.append(open_cell(folder, read_user(path), values, manifest, pool_key, source, profiles))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 failed[path.stem] = f"{path}: {error or type(error).__name__}"
         stale = [cell for cell in cells if cell.stale]

@@ -28,6 +28,9 @@ TaskName = Annotated[str, typer.Option("--task", help="name of the task, e.g. La
 BaseUsers = Annotated[Path, typer.Option("--base-users", help="base users' histories and queries: split/base.jsonl")]
 Recipe = Annotated[Path, typer.Option("--recipe", help="recipe.json: every setting that decides the result")]
 Mended = Annotated[str, typer.Option("--mended", help="kept in the output for Snakemake; changes nothing")]
+Profiles = Annotated[
+    Path | None, typer.Option("--profiles", help="results/{task}/profiles; needed by profile-k0, profile-k1, …")
+]
 Histories = Annotated[list[Path], typer.Argument(help="the users: split/histories/u-….json")]
 
 
@@ -103,16 +106,49 @@ def users(folder: Annotated[Path, typer.Argument(help="results folder of a task,
 
 
 @app.command()
+def profiles(
+    stamp: Annotated[Path, typer.Argument(help="written last, and only if every user succeeded")],
+    histories: Histories,
+    recipe: Annotated[Path, typer.Option("--recipe", help="results/{task}/profiles/recipe.json; users/ is beside it")],
+    own: Annotated[Path, typer.Option("--own", help="folder of profiles that users wrote themselves: {user key}.txt")],
+    mended: Mended = "-",
+) -> None:
+    """Write the profiles of test users that are not fresh, each from that user's own history (App. J).
+
+    A user's profile is users/{user key}.json beside the recipe: user, task, key, source (extractive, llm or own), text.
+    To read one, open it. To replace one, do not edit it (an edited record is refused): write your text into
+    {own}/{user key}.txt and run again; it goes before the generated one, which comes back when you delete the text.
+    """
+    from oppu import profile_records
+
+    profile_records.run(stamp, recipe, histories, own, mended)
+
+
+@app.command(name="base-profiles")
+def base_profiles(
+    out: Annotated[Path, typer.Argument(help="base.json; base.jsonl, one record per base user, stands beside it")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="results/{task}/profiles/recipe.json")],
+    base_users: BaseUsers,
+    mended: Mended = "-",
+) -> None:
+    """Write the profiles of base users that are not fresh (App. J); what a killed run has written is kept."""
+    from oppu import profile_records
+
+    profile_records.run_base(out, recipe, base_users, mended)
+
+
+@app.command()
 def base(
     out: Annotated[Path, typer.Argument(help="base.json; adapter/ and manifest.json stand beside it")],
     recipe: Recipe,
     base_users: BaseUsers,
     mended: Mended = "-",
+    profiles: Profiles = None,
 ) -> None:
     """Adapt the model to a task on base users, unless that was done already (section 2.2)."""
     from oppu import base as bases
 
-    bases.run(out, recipe, base_users, mended)
+    bases.run(out, recipe, base_users, mended, profiles)
 
 
 @app.command()
@@ -123,12 +159,13 @@ def cells(
     base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
     base_users: BaseUsers,
     mended: Mended = "-",
+    profiles: Profiles = None,
     users: Annotated[Path | None, typer.Option(help="users.json: all test users; `swapped` needs them")] = None,
 ) -> None:
     """Train and predict those of these users whose cells are not fresh, together (section 3)."""
     from oppu import cells as cohort_of_cells
 
-    cohort_of_cells.run(stamp, recipe, base, histories, base_users, mended, users)
+    cohort_of_cells.run(stamp, recipe, base, histories, base_users, mended, profiles, users)
 
 
 @app.command()
@@ -138,11 +175,12 @@ def pooled(
     recipe: Recipe,
     base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
     mended: Mended = "-",
+    profiles: Profiles = None,
 ) -> None:
     """Train one adapter on all these users' histories together: a control that mixes users, for benchmarks only."""
     from oppu import pooled as control
 
-    control.run(out, recipe, base, histories, mended)
+    control.run(out, recipe, base, histories, mended, profiles)
 
 
 @app.command()
@@ -293,12 +331,13 @@ def tune(
     queries: Annotated[Path, typer.Option(help="queries.parquet")],
     lr: Annotated[str, typer.Option(help="learning rates, with spaces between them")],
     epochs: Annotated[str, typer.Option(help="epochs, with spaces between them")],
+    profiles: Profiles = None,
 ) -> None:
     """Score personal learning rates and epochs on held-out base users."""
     from oppu import tune as tuning
 
     rates, counts = [float(x) for x in lr.split()], [int(x) for x in epochs.split()]
-    tuning.run(out, recipe, base, base_users, queries, histories, rates, counts)
+    tuning.run(out, recipe, base, base_users, queries, histories, rates, counts, profiles)
 
 
 @app.command()

@@ -245,6 +245,8 @@ class Config(Closed):
             problems.append("augmentations: dense-k… needs retrieval.encoder, a local folder of an encoder")
         if any(a.profile for a in wanted) and self.profiles.backend == "llm" and self.profiles.path is None:
             problems.append("profiles.path: the backend llm needs an instruction-tuned model")
+        if self.profiles.chat_template is not None and "{prompt}" not in self.profiles.chat_template:
+            problems.append("profiles.chat_template: must hold {prompt}, where the prompt goes")
         if "pooled" in self.peft and not self.benchmark:
             problems.append("peft: pooled trains on all test users' texts together; it needs `benchmark: true`")
         if "swapped" in self.peft and "lora" not in self.peft:

@@ -19,7 +19,9 @@ from oppu.records import InputError
 log = logging.getLogger(__name__)
 
 
-def run(out: Path, recipe: Path, base: Path, histories: Sequence[Path], mended: str = "-") -> None:
+def run(
+    out: Path, recipe: Path, base: Path, histories: Sequence[Path], mended: str = "-", profiles: Path | None = None
+) -> None:
     """Bring the shared adapter up to date, then write the stamp `out`; the command of rule `pooled`.
 
     Beside `out`: `adapter/`, a PEFT folder, and `cell.json`, written last. Raises InputError when training failed.
@@ -27,7 +29,7 @@ def run(out: Path, recipe: Path, base: Path, histories: Sequence[Path], mended: 
     values, manifest = read_json(recipe), read_json(base)
     setting = out.parent
     users = [read_user(path) for path in sorted(histories)]
-    people = [(user, profile_of(values, user), Counter[str]()) for user in users]
+    people = [(user, profile_of(values, user, profiles), Counter[str]()) for user in users]
     key = digest([adapter_key(values, manifest, user, profile, None) for user, profile, _ in people])
     with lock(setting / ".pooled.lock", f"pooled adapter {setting}"):
         entry = read_record(setting).get("artefacts", {}).get("adapter")

@@ -1,17 +1,22 @@
-"""Textual profiles s_u of a user's history (section 2.2, appendix J), here the short form that needs no model.
+"""Textual profiles s_u of a user's history (section 2.2, appendix J): their records, and the form that needs no model.
 
-Whatever writes profiles is a `ProfileBackend`; an instruction-tuned model behind `task.profile_prompt` is another one.
+A profile is read from its record by the user's key, never by position. oppu/profile_records.py makes the records;
+what they hold is counted here (`extractive`), written by a model (oppu/llm_profiles.py), or the user's own text.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
-from oppu.records import Item
+from oppu.config import parse_augmentation
+from oppu.files import digest, read_json
+from oppu.records import InputError, Item, User
 from oppu.tasks import Task, fields_of, render
 
 NONE = "none"
@@ -42,12 +47,80 @@ SIGNS: dict[str, Callable[[str], bool]] = {
 }
 
 
-class ProfileBackend(Protocol):
-    """Writes a user's profile from the task and the history, oldest first; '' where there is nothing to say."""
+def sealed(user: str, task: str, key: str, source: str, text: str) -> dict[str, Any]:
+    """The record of a profile; `source` is extractive, llm or own. Its sha256 tells a record that was edited later."""
+    record = {"user": user, "task": task, "key": key, "source": source, "text": text}
+    return record | {"sha256": digest(record)}
 
-    def __call__(self, task: Task, history: Sequence[Item], /) -> str:
-        """The profile, in a line or a few."""
-        ...
+
+def whole(record: Any) -> bool:
+    """Whether a record is as it was written."""
+    try:
+        known = sealed(*(record[name] for name in ("user", "task", "key", "source", "text")))
+        return bool(known["sha256"] == record["sha256"])
+    except (KeyError, TypeError):
+        return False
+
+
+def profile_of(recipe: dict[str, Any], user: User, profiles: Path | None) -> str | None:
+    """A test user's profile where the prompts of a base or a cell carry one, from {profiles}/users/{key}.json.
+
+    Raises InputError where the record is missing, changed, or of another user or task.
+    """
+    if not parse_augmentation(recipe["augmentation"]).profile:
+        return None
+    path = _folder(recipe, profiles) / "users" / f"{user.key}.json"
+    try:
+        record = read_json(path)
+    except FileNotFoundError:
+        raise InputError([f"{path}: no profile of {user.key}; `snakemake --cores all` makes it"]) from None
+    except ValueError:
+        record = None
+    return _text(record, recipe["task"]["name"], user.key, f"{path}", "profiles")
+
+
+def base_profiles_of(recipe: dict[str, Any], profiles: Path | None) -> dict[str, str] | None:
+    """The base users' profiles by user key, where a base's prompts carry them, from {profiles}/base.jsonl.
+
+    Raises InputError for a missing file, and for the first record that was changed or is another task's.
+    """
+    if not parse_augmentation(recipe["augmentation"]).profile:
+        return None
+    path = _folder(recipe, profiles) / "base.jsonl"
+    if not path.is_file():
+        raise InputError([f"{path}: no profiles of base users; `snakemake --cores all` makes them"])
+    texts = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        user = str(line["user"]) if whole(line) else ""
+        texts[user] = _text(line, recipe["task"]["name"], user, f"{path}: line {number}", "base_profiles")
+    return texts
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The records of a .jsonl file; None for a line that is no JSON."""
+    return [_json(line) for line in path.read_bytes().split(b"\n") if line] if path.is_file() else []
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _folder(recipe: dict[str, Any], profiles: Path | None) -> Path:
+    if profiles is None:
+        raise InputError([f"{recipe['augmentation']} needs profiles; give --profiles results/{{task}}/profiles"])
+    return profiles
+
+
+def _text(record: Any, task: str, user: str, where: str, rule: str) -> str:
+    if not whole(record):
+        fix = f"`snakemake --cores all -R {rule}` mends it; your own text goes into profiles.own (config/README.md)"
+        raise InputError([f"{where}: the profile was changed by hand or cut; {fix}"])
+    if (record["user"], record["task"]) != (user, task):
+        raise InputError([f"{where}: is of {record['user']} in {record['task']}, not of {user} in {task}; delete it"])
+    return str(record["text"])
 
 
 def extractive(task: Task, history: Sequence[Item], /) -> str:

@@ -81,16 +81,41 @@ def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history
     }
 
 
+def profile_recipe(config: Config, task: str) -> dict[str, Any]:
+    """What the profiles of a task depend on besides histories and own texts: appendix J."""
+    record, settings = tasks()[task], config.profiles
+    where = {"path", "revision", "convert"}
+    asked, runtime = _split_runtime(settings.model_dump(exclude={"own", "backend", *where}))
+    llm = settings.backend == "llm"
+    return {
+        "task": record.model_dump(include={"name", "item", "profile_prompt"} if llm else {"name", "profile"}),
+        "backend": settings.backend,
+        "settings": asked if llm else None,
+        "seed": config.seed if llm else None,
+        "version": VERSIONS["profiles"],
+        "runtime": runtime | {"model": settings.model_dump(include=where)},
+    }
+
+
+def profile_key(recipe: dict[str, Any], model_files: dict[str, str] | None, user: User, own: str | None) -> str:
+    """Key of a profile: recipe, the writing model's files, that user's history, and the user's own text if any."""
+    known = {k: v for k, v in recipe.items() if k != "runtime"}
+    history = user.as_json(golds=False)["history"]
+    return digest({"recipe": known, "model": model_files, "user": user.key, "history": history, "own": own})
+
+
 def lora_of(recipe: dict[str, Any]) -> Lora:
     """The training settings of a recipe, alpha resolved to a number (default: the rank, a scale of 1)."""
     values = recipe["training"] | recipe["runtime"]["training"]
     return Lora(**values | {"alpha": values["alpha"] or float(values["rank"])})
 
 
-def base_key(recipe: dict[str, Any], model_files: dict[str, str], users_digest: str) -> str:
-    """Key of a base: recipe, the model's files, and all base users' histories and queries."""
+def base_key(
+    recipe: dict[str, Any], model_files: dict[str, str], users_digest: str, profiles: dict[str, str] | None
+) -> str:
+    """Key of a base: recipe, the model's files, all base users' histories and queries, and their profiles' texts."""
     known = {k: v for k, v in recipe.items() if k != "runtime"}
-    return digest({"recipe": known, "model": model_files, "users": users_digest})
+    return digest({"recipe": known, "model": model_files, "users": users_digest, "profiles": profiles})
 
 
 def base_digest(manifest: dict[str, Any]) -> str:

@@ -12,9 +12,8 @@ from typing import Any
 import polars as pl
 
 from oppu.cells import pool_of
-from oppu.config import parse_augmentation
 from oppu.files import read_json, read_user, write_bytes
-from oppu.profiles import extractive
+from oppu.profiles import profile_of
 from oppu.recipe import lora_of
 from oppu.scores import score
 from oppu.split import read_queries
@@ -32,16 +31,17 @@ def run(
     histories: Sequence[Path],
     lrs: Sequence[float],
     epochs: Sequence[int],
+    profiles: Path | None = None,
 ) -> None:
     """Train the users anew at every point of the grid and score them; one row per point and metric.
 
+    `profiles` is the task's folder of profiles, read where the augmentation carries one.
     The row with no epochs is the base alone. Nothing but the table is kept.
     """
     values, manifest = read_json(recipe), read_json(base)
     task = tasks()[values["task"]["name"]]
     users = [read_user(path) for path in histories]
-    profiled = parse_augmentation(values["augmentation"]).profile
-    people = [(user, extractive(task, user.history) if profiled else None, Counter[str]()) for user in users]
+    people = [(user, profile_of(values, user, profiles), Counter[str]()) for user in users]
     golds, pool = read_queries(queries), pool_of(base_users, values)
     rows: list[dict[str, Any]] = []
     for lr, count in [(0.0, 0), *itertools.product(lrs, epochs)]:

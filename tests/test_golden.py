@@ -10,18 +10,20 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from oppu.config import parse_augmentation
+from oppu.config import load, parse_augmentation
 from oppu.examples import Context, history_examples, query_prompts
 from oppu.files import digest
+from oppu.llm_profiles import Writer
 from oppu.models import load_tokenizer
 from oppu.profiles import extractive
-from oppu.recipe import VERSIONS
+from oppu.recipe import VERSIONS, profile_recipe
 from oppu.records import Item, Query, User
 from oppu.tasks import fields_of, render, task, tasks
 from oppu.training import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/recipes.json"
+LLM = {"backend": "llm", "path": str(ROOT / "data/models/oppu-tiny"), "history_tokens": 100, "item_words": 8}
 WORDS = [
     "the",
     "senate",
@@ -80,7 +82,8 @@ def made() -> dict:
                 "tokens": digest([[list(e.prompt), list(e.target)] for e in examples]),
                 "prompts": digest([str(prompt) for _, prompt, _ in prompts]),
             }
-        found[name] = {"profile": profile}
+        recipe = profile_recipe(load({"tasks": [name], "profiles": LLM}), name)
+        found[name] = {"profile": profile, "profile prompt": digest(Writer(recipe).prompt(user))}
     found["plan"] = {"steps": plan(7, 2, 3, "a seed text")}
     return {"versions": VERSIONS, "made": json.loads(json.dumps(found))}
 

@@ -12,10 +12,10 @@ from oppu.cells import pool_of
 from oppu.examples import history_examples, query_prompts
 from oppu.files import read_base, read_json, read_user
 from oppu.models import load_tokenizer
-from oppu.profiles import extractive
+from oppu.profiles import base_profiles_of, profile_of
 from oppu.records import User
-from oppu.tasks import task
-from tests.workflow.project import ROOT, Project
+from oppu.split import user_key
+from tests.workflow.project import ROOT, Project, sample
 
 AUGMENTATIONS = ["k0", "k2", "random", "profile-k1"]
 
@@ -26,7 +26,7 @@ def canary(user_id: str) -> str:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A finished run on data in which every item of every user carries that user's canary."""
+    """A finished run on data in which every item of every user carries that user's canary, and every own profile."""
     project = Project.make(
         tmp_path_factory.mktemp("canary") / "project", augmentations=AUGMENTATIONS, users_per_job=100
     )
@@ -37,6 +37,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Project:
             for item in question["profile"]:
                 item["text"] = f"{canary(question['user_id'])} {item['text']}"
         path.write_text(json.dumps(questions))
+    own = project.folder / "data/profiles/LaMP_2N"
+    own.mkdir(parents=True)
+    for user_id in {question["user_id"] for question in sample("LaMP_2N", "dev", "questions")}:
+        (own / f"{user_key(user_id)}.txt").write_text(f"writes like {canary(user_id)}")
     project.run()
     return project
 
@@ -55,14 +59,16 @@ def texts(project: Project, augmentation: str) -> dict[str, str]:
     pool = pool_of(project.folder / "results/LaMP_2N/split/base.jsonl", recipe)
     context = cohort.context_of(recipe, tokenizer, pool)
     tested, others = people(project)
+    profiles = project.folder / "results/LaMP_2N/profiles"
     found = {}
     for user in tested:
-        profile = extractive(task("LaMP_2N"), user.history) if augmentation.startswith("profile") else None
+        profile = profile_of(recipe, user, profiles)
         rows = [e.prompt + e.target for e in history_examples(context, user, profile, Counter())]
         rows += [tuple(tokens) for *_, tokens in query_prompts(context, user, profile, 8, Counter())]
         assert len(rows) == len(user.history) + len(user.queries)
         found[user.id] = "\n".join(tokenizer.batch_decode([list(row) for row in rows]))
-    examples = base._examples(base_recipe, cohort.context_of(base_recipe, tokenizer, pool), others, Counter())
+    context = cohort.context_of(base_recipe, tokenizer, pool)
+    examples = base._examples(base_recipe, context, others, Counter(), base_profiles_of(base_recipe, profiles))
     found["base"] = "\n".join(tokenizer.batch_decode([list(e.prompt + e.target) for e in examples]))
     return found
 
@@ -84,10 +90,10 @@ def test_no_file_of_another_user_and_no_log_has_a_users_text(planted: Project) -
     files = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     assert any("adapter_model" in path.name for path in files)
     for user in tested:
-        allowed = results / f"LaMP_2N/split/histories/{user.key}.json"
+        allowed = {results / f"LaMP_2N/{folder}/{user.key}.json" for folder in ("split/histories", "profiles/users")}
         mark = canary(user.id).encode()
         seen = {p for p, data in files.items() if mark in data and user.key not in p.parts}
-        assert seen == {allowed}, f"{user.id}: found in {seen}"
+        assert seen == allowed, f"{user.id}: found in {seen}"
 
 
 def test_no_user_id_is_a_path_or_a_log_line(planted: Project) -> None:

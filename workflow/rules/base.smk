@@ -17,6 +17,7 @@ rule base:
         users=base_users,
         recipe=f"{BASE}/recipe.json",
         model=model_files,
+        profiles=lambda w: profile_stamp(w, "base"),
     output:
         f"{BASE}/base.json",
     log:
@@ -31,6 +32,7 @@ rule base:
         gpu=GPU,
     params:
         mended=lambda w: mended(f"{BASE}/base.json".format(**w)),
+        profiles=lambda w: PROFILES.format(**w),
     shell:
         "oppu base {output:q} --recipe {input.recipe:q} --base-users {input.users:q} --mended {params.mended:q}"
-        " > {log:q} 2>&1"
+        " --profiles {params.profiles:q} > {log:q} 2>&1"

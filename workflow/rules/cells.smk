@@ -19,6 +19,7 @@ rule cells:
         base=f"{BASE}/base.json",
         recipe=f"{SETTING}/recipe.json",
         adapters=borrowed,
+        profiles=lambda w: profile_stamp(w, f"cohorts/{w.cohort}"),
     output:
         f"{SETTING}/cohorts/{{cohort}}.json",
     log:
@@ -35,9 +36,10 @@ rule cells:
         base_users=lambda w: f"{SPLIT}/base.jsonl".format(**w),
         users=lambda w: f"{SPLIT}/users.json".format(**w),
         mended=lambda w: mended(f"{SETTING}/cohorts/{{cohort}}.json".format(**w)),
+        profiles=lambda w: PROFILES.format(**w),
     shell:
         "oppu cells {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {params.base_users:q}"
-        " --users {params.users:q} --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
+        " --users {params.users:q} --profiles {params.profiles:q} --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
 
 
 # The control `pooled`: one adapter for all test users. It lies in the setting's folder; no user's cell holds it.
@@ -46,6 +48,7 @@ rule pooled:
         histories=lambda w: histories(w.task, users(w.task)),
         base=f"{BASE}/base.json",
         recipe=f"{TASK}/{{augmentation}}/pooled/{{history}}/recipe.json",
+        profiles=lambda w: profiles(w.task, w.augmentation),
     output:
         f"{TASK}/{{augmentation}}/pooled/{{history}}/pooled.json",
     log:
@@ -60,9 +63,10 @@ rule pooled:
         gpu=GPU,
     params:
         mended=lambda w: mended(f"{TASK}/{{augmentation}}/pooled/{{history}}/pooled.json".format(**w)),
+        profiles=lambda w: PROFILES.format(**w),
     shell:
-        "oppu pooled {output:q} --recipe {input.recipe:q} --base {input.base:q} --mended {params.mended:q}"
-        " {input.histories:q} > {log:q} 2>&1"
+        "oppu pooled {output:q} --recipe {input.recipe:q} --base {input.base:q} --profiles {params.profiles:q}"
+        " --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
 
 
 # One cell by name: a cohort of one. This job only stamps, it cannot fail halfway; update() keeps Snakemake from

@@ -20,12 +20,14 @@ except InputError as error:
 RESULTS = CONFIG.results
 TASKS = CONFIG.tasks
 SETTINGS = ["/".join(setting) for setting in CONFIG.settings]
+AUGMENTATIONS = sorted({augmentation for augmentation, *_ in CONFIG.settings})
 
 # Jobs that load a model take the machine's GPU where it has one; the default profile has one to give at a time.
 GPU = int(os.path.exists("/dev/nvidia0"))
 
 TASK = f"{RESULTS}/{{task}}"
 SPLIT = f"{TASK}/split"
+PROFILES = f"{TASK}/profiles"
 BASE = f"{TASK}/{{augmentation}}/base"
 SETTING = f"{TASK}/{{augmentation}}/{{peft}}/{{history}}"
 LOGS = f"{RESULTS}/logs"
@@ -61,6 +63,23 @@ def cohorts(task, setting):
     "Stamps of all cohorts of a setting."
     count = -(-len(users(task)) // CONFIG.users_per_job)
     return [f"{RESULTS}/{task}/{setting}/cohorts/{number:03d}.json" for number in range(count)]
+
+
+def with_profile(augmentation):
+    "Whether the prompts of an augmentation (`profile-k0`, `profile-k0-s1`) carry a profile."
+    return settings.parse_augmentation(recipe.seeded(augmentation)[0]).profile
+
+
+def profile_stamp(w, name):
+    "One stamp of a task's profiles; none where the prompts of an augmentation carry none."
+    return [f"{RESULTS}/{w.task}/profiles/{name}.json"] if with_profile(w.augmentation) else []
+
+
+def profiles(task, augmentation):
+    "Stamps of all the profiles behind an augmentation: none where its prompts carry none."
+    if not with_profile(augmentation):
+        return []
+    return [f"{RESULTS}/{task}/profiles/base.json", *cohorts(task, "profiles")]
 
 
 def mended(stamp):
@@ -116,15 +135,16 @@ def to_fetch():
 
 
 def model_files(w):
-    "The files of local model folders (the base's, the encoder's); a model on the hub has none here."
-    folders = [CONFIG.model.path, *([CONFIG.retrieval.encoder] if "dense" in w.augmentation else [])]
-    return sorted(
-        os.path.join(folder, name)
-        for folder in folders
-        if os.path.isdir(folder)
-        for name in os.listdir(folder)
-        if name.endswith((".safetensors", ".json"))
-    )
+    "The files of the model that everything starts from, and of dense retrieval's encoder, where they are local folders."
+    encoder = CONFIG.retrieval.encoder if "dense" in w.augmentation else None
+    return files_of_model(CONFIG.model.path) + (files_of_model(encoder) if encoder else [])
+
+
+def files_of_model(folder):
+    "The files of a local model folder; a model on the hub has none here."
+    if not os.path.isdir(folder):
+        return []
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json")))
 
 
 def borrowed(w):

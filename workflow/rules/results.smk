@@ -20,7 +20,8 @@ def paper_table(name):
     return [path for path in [f"data/paper/{name}.csv"] if os.path.exists(path)]
 
 
-# Takes users.json, base and recipe themselves, not only the stamps: a failed job must never leave old scores behind.
+# Takes users.json, base, recipe and profiles themselves, not only the stamps: a failed job must never leave old scores
+# behind.
 rule score:
     input:
         cohorts=lambda w: cohorts(w.task, f"{w.augmentation}/{w.peft}/{w.history}"),
@@ -28,6 +29,7 @@ rule score:
         queries=f"{SPLIT}/queries.parquet",
         base=f"{BASE}/base.json",
         recipe=f"{SETTING}/recipe.json",
+        profiles=lambda w: profiles(w.task, w.augmentation),
     output:
         scores=f"{SETTING}/scores.json",
         scored=f"{SETTING}/scored.parquet",
@@ -139,6 +141,7 @@ rule tune_setting:
         base=f"{BASE}/base.json",
         base_users=base_users,
         recipe=f"{TASK}/{{augmentation}}/lora/full/recipe.json",
+        profiles=lambda w: profiles(w.task, w.augmentation),
     output:
         f"{TASK}/{{augmentation}}/tune.csv",
     log:
@@ -152,9 +155,11 @@ rule tune_setting:
     params:
         lr=" ".join(map(str, CONFIG.tune.lr)),
         epochs=" ".join(map(str, CONFIG.tune.epochs)),
+        profiles=lambda w: PROFILES.format(**w),
     shell:
         "oppu tune {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {input.base_users:q}"
-        " --queries {input.queries:q} --lr {params.lr:q} --epochs {params.epochs:q} {input.histories:q} > {log:q} 2>&1"
+        " --queries {input.queries:q} --lr {params.lr:q} --epochs {params.epochs:q} --profiles {params.profiles:q}"
+        " {input.histories:q} > {log:q} 2>&1"
 
 
 rule tune:
