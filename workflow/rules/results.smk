@@ -101,7 +101,7 @@ rule statistics:
         users=f"{SPLIT}/users.json",
         queries=f"{SPLIT}/queries.parquet",
         base=base_users,
-        model=model_files,
+        model=lambda w: files_of_model(CONFIG.model.path),
     output:
         f"{TASK}/statistics.json",
     log:
