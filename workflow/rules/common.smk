@@ -98,7 +98,9 @@ def model_files(w):
     folder = CONFIG.model.path
     if not os.path.isdir(folder):
         return []
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json")))
+    return sorted(
+        os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json", ".bin"))
+    )
 
 
 def base_users(w):
