@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from oppu.config import Lora
-from oppu.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, target_linears
+from oppu.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, default_targets, sizes_of, target_linears
 from oppu.records import InputError
 
 State = dict[str, Tensor]
@@ -57,12 +58,14 @@ class LoraBank:
         self.rank = lora.rank
         self.alpha = float(lora.rank if lora.alpha is None else lora.alpha)
         self.dropout = lora.dropout
-        self.target_modules = sorted(lora.target_modules or ["q_proj", "v_proj"])
+        self.target_modules = sorted(lora.target_modules or default_targets(model))
         linears = target_linears(model, self.target_modules)
+        self.transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
         self.shapes: dict[str, tuple[int, int]] = {}
         for name, linear in linears.items():
-            self.shapes[f"{name}.lora_A"] = (self.rank, linear.in_features)
-            self.shapes[f"{name}.lora_B"] = (linear.out_features, self.rank)
+            inner, outer = sizes_of(linear)
+            self.shapes[f"{name}.lora_A"] = (self.rank, inner)
+            self.shapes[f"{name}.lora_B"] = (outer, self.rank)
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         self.dtype: torch.dtype = embedding.dtype
@@ -218,6 +221,7 @@ def save_adapter(folder: Path, bank: LoraBank, user: int, base_name: str) -> Non
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=bank.dropout,
         target_modules=bank.target_modules,
+        fan_in_fan_out=bank.transposed,
         base_model_name_or_path=base_name,
         task_type="CAUSAL_LM",
         inference_mode=True,

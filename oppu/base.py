@@ -20,14 +20,22 @@ log = logging.getLogger(__name__)
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
-def model_files(path: str, revision: str | None) -> dict[str, str]:
-    """What identifies the model: sha256 of a local folder's files, or a hub id with its revision."""
+def model_files(path: str, revision: str | None, convert: bool = False) -> dict[str, str]:
+    """What identifies the model: sha256 of a local folder's files, or a hub id with its revision.
+
+    Raises InputError for a folder without safetensors, unless it has .bin files to convert.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return {path: revision or "unpinned"}
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
     if not any(file.suffix == ".safetensors" for file in files):
-        raise InputError([f"{folder}: no safetensors weights; model.path needs a Hugging Face model folder"])
+        pickled = sorted(folder.glob("pytorch_model*.bin"))
+        if pickled and not convert:
+            raise InputError([f"{folder}: weights only as .bin; set model.convert (or profiles.convert) to true to rewrite them, once"])
+        if not pickled:
+            raise InputError([f"{folder}: no safetensors weights; model.path needs a Hugging Face model folder"])
+        files += pickled
     return {file.name: file_digest(file) for file in files}
 
 
@@ -42,7 +50,7 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: 
     values = read_json(recipe)
     folder = out.parent
     with lock(folder / ".lock", f"base {folder}"):
-        model = model_files(values["runtime"]["model"]["path"], values["runtime"]["model"]["revision"])
+        model = model_files(**values["runtime"]["model"])
         if encoder := values["runtime"]["encoder"]:
             model |= {f"encoder/{name}": known for name, known in model_files(encoder, None).items()}
         texts = base_profiles_of(values, profiles)
@@ -59,15 +67,19 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: 
 
 
 def merge(base: Path, out: Path) -> str:
-    """Write the base as a model folder with its task LoRA merged in; returns the name personal adapters call it by."""
+    """Write the base as a model folder with its task LoRA merged in; returns the name personal adapters call it by.
+
+    It is never written quantized: who loads it may quantize it again in the same way.
+    """
     from oppu.cohort import base_name
     from oppu.models import load_base, load_tokenizer
 
     manifest, recipe = read_json(base), read_json(base.parent / "recipe.json")
-    path, revision = recipe["runtime"]["model"]["path"], recipe["runtime"]["model"]["revision"]
+    source = recipe["runtime"]["model"]
     with new_folder(out) as folder:
-        load_base(path, revision, recipe["model"]["dtype"], "cpu", base.parent / "adapter").save_pretrained(folder)
-        load_tokenizer(path, revision).save_pretrained(folder)
+        model = load_base(**source, dtype=recipe["model"]["dtype"], task_adapter=base.parent / "adapter")
+        model.save_pretrained(folder)
+        load_tokenizer(source["path"], source["revision"]).save_pretrained(folder)
     return base_name(manifest)
 
 
@@ -87,14 +99,14 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path, profiles: dic
     from accelerate import Accelerator  # torch: seconds, so only when something is stale
 
     from oppu.bank import LoraBank, save_adapter
-    from oppu.cohort import context_of, log_memory, progress_log
+    from oppu.cohort import context_of, loading_of, log_memory, progress_log
     from oppu.models import load_base, load_tokenizer
     from oppu.training import plan, train
 
     model_id = recipe["runtime"]["model"]
     accelerator = Accelerator()
     tokenizer = load_tokenizer(model_id["path"], model_id["revision"])
-    model = load_base(model_id["path"], model_id["revision"], recipe["model"]["dtype"], accelerator.device, None)
+    model = load_base(**model_id, **loading_of(recipe), device=accelerator.device)
     users = read_base(base_users)
     counts: Counter[str] = Counter()
     context = context_of(recipe, tokenizer, pool_of(base_users, recipe), accelerator.device)

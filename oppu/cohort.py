@@ -47,6 +47,11 @@ def context_of(
     )
 
 
+def loading_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What `load_base` needs of a recipe besides where the model lies."""
+    return {name: recipe["model"][name] for name in ("dtype", "quantization")}
+
+
 def base_name(manifest: dict[str, Any]) -> str:
     """What a personal adapter calls its base: the merged base it belongs to, never the raw one."""
     return f"oppu-base-{base_digest(manifest)[:16]}"
@@ -100,7 +105,7 @@ class Cohort:
         model = recipe["runtime"]["model"]
         self.tokenizer = load_tokenizer(model["path"], model["revision"])
         self.model = load_base(
-            model["path"], model["revision"], recipe["model"]["dtype"], self.accelerator.device, base / "adapter"
+            **model, **loading_of(recipe), device=self.accelerator.device, task_adapter=base / "adapter"
         )
         self.context = context_of(recipe, self.tokenizer, pool, self.accelerator.device)
         self.bank: LoraBank | None = None

@@ -107,15 +107,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock, or raise RuntimeError at once when another process holds it.
+def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock; when another process holds it, wait for it, or raise RuntimeError at once.
 
     The lock goes with the process, however it ends; the file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RuntimeError(
                 f"{what} is being written by another run (lock {path}); wait for it or stop it"

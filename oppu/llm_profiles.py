@@ -34,7 +34,7 @@ class Writer:
         where = recipe["runtime"]["model"]
         self.tokenizer = load_tokenizer(where["path"], where["revision"])
         device = Accelerator().device
-        self.model = load_model(where["path"], where["revision"], self.settings["dtype"], device)
+        self.model = load_model(**where, dtype=self.settings["dtype"], device=device)
         context = getattr(self.model.config, "max_position_embeddings", None)
         self.room = self.settings["history_tokens"]
         self.longest: int | None = None

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Iterator
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
 
+from oppu.convert import cache, safetensors_source
+from oppu.hub import refusal, token
 from oppu.records import InputError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LINEAR = (nn.Linear, Conv1D)
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -25,9 +44,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises InputError when it cannot be loaded, or has no end-of-text token to end an answer with.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, token=token())
     except (OSError, ValueError) as error:
-        raise InputError([f"model {path!r}: no tokenizer could be loaded: {error}"]) from error
+        raise InputError([f"no tokenizer: {refusal(path, error)}"]) from error
     if tokenizer.eos_token_id is None:
         raise InputError([f"model {path!r}: its tokenizer has no end-of-text token; set eos_token"])
     if tokenizer.pad_token_id is None:
@@ -40,26 +59,55 @@ def load_model(
     revision: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    convert: bool = False,
+    quantization: str | None = None,
+    exact: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """A causal LM by hub id or local folder: safetensors only, no remote code, frozen, in eval mode, SDPA attention.
+    """A causal LM by hub id or local folder: safetensors only, no remote code, frozen, in eval mode.
 
+    `convert` makes safetensors of a model that has none; `quantization` (8bit, 4bit) stores its Linear layers so. The
+    target modules in `exact` stay in float32 where the dtype has 16 bits. Attention is SDPA where the model has it.
     Raises InputError when it cannot be loaded.
     """
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    source, revision = safetensors_source(path, revision) if convert else (path, revision)
+    options = quantized_loading(quantization, kind, device) if quantization else {}
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "token": token()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=revision,
-            dtype=kind,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="sdpa",
+        config = AutoConfig.from_pretrained(source, **common)
+        model = _class_of(config, exact).from_pretrained(
+            source, config=config, dtype=kind, use_safetensors=True, **common, **options
         )
-    except (OSError, ValueError) as error:
-        raise InputError([f"model {path!r}: could not be loaded: {error}"]) from error
+    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
+        raise InputError([refusal(path, error)]) from error
     # Of the model's own settings only its end tokens stay: its sampling defaults would change answers silently.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return freeze(moved(model, device))
+    return freeze(model if quantization else moved(model, device))
+
+
+def _class_of(config: PreTrainedConfig, exact: Sequence[str]) -> type[PreTrainedModel]:
+    """The class that the auto class would choose, told to load some layers in float32."""
+    with torch.device("meta"):
+        kind: type[PreTrainedModel] = type(AutoModelForCausalLM.from_config(config))
+    if not exact:
+        return kind
+    # Transformers knows how to keep layers in float32 while it casts the rest as it reads; the list is the class's.
+    kept = [*(kind._keep_in_fp32_modules_strict or []), *(rf"(^|\.){re.escape(name)}\.weight$" for name in exact)]
+    return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
+
+
+def quantized_loading(quantization: str, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
+    """What from_pretrained must be told to quantize; InputError where bitsandbytes is missing or the dtype is wrong."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError([f"model.quantization {quantization}: needs bitsandbytes: pip install 'oppu[quantization]'"])
+    if dtype == torch.float64:
+        raise InputError([f"model.quantization {quantization}: model.dtype must be bfloat16, float16 or float32"])
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if quantization == "8bit"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def moved(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -73,52 +121,79 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def target_linears(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
-    """The Linear layers that PEFT would match: full name -> layer, in the model's order.
+def default_targets(model: PreTrainedModel) -> list[str]:
+    """The query and value projections (section 4), by the names this architecture gives them.
+
+    Where it has no `q_proj` and `v_proj`, PEFT's table says what holds them (`c_attn` in GPT-2). Raises InputError
+    with the names there are where the table does not know the architecture.
+    """
+    modules = dict(model.named_modules())
+    kind = model.config.get_text_config().model_type
+    for names in (["q_proj", "v_proj"], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)):
+        if isinstance(names, list) and all(any(m.endswith(f".{n}") for m in modules) for n in names):
+            return names
+    found = _linear_names(modules)
+    raise InputError([f"target_modules: query and value projections of a {kind} are not known; name some of {found}"])
+
+
+def target_linears(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Module]:
+    """The Linear layers (GPT-2: Conv1D) that PEFT would match: full name -> layer, in the model's order.
 
     A target names a layer by its full name or by the end of it, as in PEFT. PEFT passes over a target that matches
     nothing and trains less than it was asked to; here that is an InputError that lists the names there are.
     """
     modules = dict(model.named_modules())
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, nn.Module] = {}
     problems = []
     for target in target_modules:
         names = [n for n in modules if n == target or n.endswith(f".{target}")]
-        wrong = sorted({type(modules[n]).__name__ for n in names if not isinstance(modules[n], nn.Linear)})
+        wrong = sorted({type(modules[n]).__name__ for n in names if not isinstance(modules[n], LINEAR)})
         if wrong:
             problems.append(f"target_modules: {target!r} is a {', '.join(wrong)}; only Linear layers can carry LoRA")
         elif not names:
             problems.append(f"target_modules: {target!r} matches no layer; there are {_linear_names(modules)}")
-        found |= {n: modules[n] for n in names if isinstance(modules[n], nn.Linear)}
+        found |= {n: modules[n] for n in names if isinstance(modules[n], LINEAR)}
     if problems:
         raise InputError(problems)
     return {n: found[n] for n in modules if n in found}
 
 
+def sizes_of(linear: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a layer that can carry LoRA."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features, linear.out_features  # a quantized weight's shape says nothing
+
+
 def _linear_names(modules: dict[str, nn.Module]) -> str:
-    names = {n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)}
+    names = {n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, LINEAR)}
     return ", ".join(sorted(names)) or "no Linear layers at all"
 
 
 def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The model with a LoRA folder merged into its weights (in place), as the base of section 2.2: W + alpha/r B A.
 
-    The model must be float32 or float64: a small delta added to rounded weights is lost. Raises ValueError otherwise,
-    and InputError when the folder holds tensors that belong to no layer of this model.
+    The layers merged into must be float32 or float64: a small delta added to rounded weights is lost. Raises
+    ValueError otherwise, and InputError when the folder holds tensors that belong to no layer of this model.
     """
-    if (dtype := next(model.parameters()).dtype) not in (torch.float32, torch.float64):
-        raise ValueError(f"merge {adapter}: the model is {dtype}; load it in float32, merge, then cast")
-    try:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        names = set(load_file(adapter / ADAPTER_WEIGHTS))
-    except (OSError, ValueError) as error:
-        raise InputError([f"{adapter}: not a PEFT adapter: {error}"]) from error
-    wanted = {
-        f"base_model.model.{n}.lora_{x}.weight" for n in target_linears(model, config["target_modules"]) for x in "AB"
-    }
+    config, names = _adapter(adapter)
+    linears = target_linears(model, config["target_modules"])
+    for name, linear in linears.items():
+        if (dtype := linear.weight.dtype) not in (torch.float32, torch.float64):
+            raise ValueError(f"merge {adapter}: {name} is {dtype}; load it in float32, merge, then cast")
+    wanted = {f"base_model.model.{n}.lora_{x}.weight" for n in linears for x in "AB"}
     if names != wanted:
         raise InputError([f"{adapter}: does not fit the model: {sorted(names ^ wanted)[:4]} stand on one side only"])
     return freeze(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload())
+
+
+def _adapter(folder: Path) -> tuple[dict[str, Any], set[str]]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return config, set(load_file(folder / ADAPTER_WEIGHTS))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError([f"{folder}: not a PEFT adapter: {error}"]) from error
 
 
 def load_base(
@@ -127,13 +202,29 @@ def load_base(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     task_adapter: Path | None = None,
+    convert: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
-    """The base model Theta of section 2.2: loaded and merged with the task LoRA in float32, then cast and moved."""
+    """The base model Theta of section 2.2: loaded, the task LoRA merged in float32, then cast, quantized and moved.
+
+    Only the layers that are merged into are ever float32, whatever the files store, so a 7B in bfloat16 needs 16 GB
+    and not 28. See `load_model` for the other arguments and the errors.
+    """
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if task_adapter is None:
-        return load_model(path, revision, kind, device)
-    exact = torch.float64 if kind == torch.float64 else torch.float32
-    return moved(merge(load_model(path, revision, exact), task_adapter), device, kind)
+        return load_model(path, revision, kind, device, convert, quantization)
+    targets = _adapter(task_adapter)[0]["target_modules"]
+    model = merge(load_model(path, revision, kind, "cpu", convert, exact=targets), task_adapter)
+    for linear in target_linears(model, targets).values():
+        linear.weight.data = linear.weight.data.to(kind)  # not the model's buffers: RoPE's frequencies stay float32
+    if quantization is None:
+        return moved(model, device)
+    # bitsandbytes quantizes while it loads, so the merged model goes by way of the disk.
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as folder:
+        model.save_pretrained(folder)
+        del model
+        return load_model(folder, None, kind, device, quantization=quantization)
 
 
 @contextmanager

@@ -163,6 +163,16 @@ class Packed:
         mask &= order[:, None] >= order
         return mask[:, None]
 
+    def mask_within(self, window: int | None) -> Tensor:
+        """The mask less what lies `window` or more true positions back, as sliding attention has it; None: no window.
+
+        A row's columns do not count: an item stands far behind its prefix in the row, and right after it in truth.
+        """
+        if window is None:
+            return self.mask
+        near = self.position_ids[:, :, None] - self.position_ids[:, None, :] < window
+        return self.mask & near[:, None]
+
     def dropout_keys(self) -> Tensor:
         """[R * T] one key per (user, step, example, position): a repeated prefix token has the same key again."""
         keys = self.seeds[self.piece.clamp(min=0)] + self.item * GOLDEN

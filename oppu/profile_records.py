@@ -110,7 +110,7 @@ def _path(folder: Path, user: str) -> Path:
 def _model(recipe: dict[str, Any]) -> dict[str, str] | None:
     """What identifies the model that writes profiles; None where none is asked."""
     where = recipe["runtime"]["model"]
-    return model_files(where["path"], where["revision"]) if recipe["backend"] == "llm" else None
+    return model_files(**where) if recipe["backend"] == "llm" else None
 
 
 def _settled(path: Path, recipe: dict[str, Any], model: dict[str, str] | None, user: User, own: str | None) -> bool:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch.optim import AdamW
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
+from oppu.attention import attention_mask, check_packing
 from oppu.bank import LoraBank
 from oppu.config import Lora
 from oppu.models import head_at
@@ -79,6 +80,7 @@ def train(
         raise ValueError("train: mixed precision fp16 is not supported; use bf16 or no")
     if not len(bank) == len(examples) == len(plans):
         raise ValueError(f"train: {len(bank)} adapters, {len(examples)} example lists, {len(plans)} plans")
+    check_packing(model)
     parameters = [bank.parameter(user) for user in range(len(bank))]
     optimisers = [AdamW([p], lr=lora.lr, weight_decay=lora.weight_decay) for p in parameters]
     schedules = [
@@ -161,12 +163,13 @@ def gradients(
     for rows in micro_batches(fill_rows(chunks, width), lora.tokens_per_batch):
         packed = assemble(chunks, rows).to(device)
         keys = packed.dropout_keys() if bank.dropout else None
+        mask = attention_mask(model, packed)
         with bank.use(packed.users, packed.ends, keys), head_at(model, packed.positions):
             with accelerator.autocast():
                 logits = model(
                     input_ids=packed.input_ids,
                     position_ids=packed.position_ids,
-                    attention_mask=packed.mask,
+                    attention_mask=mask,
                     use_cache=False,
                 ).logits
             logits = logits.to(bank.weights.dtype)

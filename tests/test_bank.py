@@ -129,8 +129,9 @@ def test_targets_that_peft_would_pass_over_are_refused() -> None:
         target_linears(tiny_llama(), ["q_proj", "out_proj"])
     assert len(target_linears(tiny_llama(), ["layers.0.self_attn.q_proj", "v_proj"])) == 3
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(InputError, match="is a Conv1D; only Linear"):
-        LoraBank(gpt2, settings(target_modules=["c_attn"]), 1, 0)
+    for target, kind in (("wte", "Embedding"), ("ln_1", "LayerNorm")):
+        with pytest.raises(InputError, match=f"{target}' is a {kind}; only Linear"):
+            LoraBank(gpt2, settings(target_modules=[target]), 1, 0)
 
 
 def mirrored(tokens: tuple[int, ...]) -> tuple[int, ...]:

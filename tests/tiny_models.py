@@ -7,7 +7,18 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from oppu.config import Lora
 from oppu.models import freeze
@@ -32,20 +43,59 @@ def tiny_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**(values | changes))
 
 
+class Norm(nn.Module):
+    """RMS norm in the dtype of its input; Gemma's weight counts from one."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, from_one: bool) -> None:
+        super().__init__()
+        self.weight, self.eps, self.from_one = nn.Parameter(weight), eps, from_one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x * (1 + self.weight if self.from_one else self.weight)
+
+
 def tiny_llama(
     dtype: torch.dtype = torch.float32, seed: int = 0, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
-    """A random model. Its norms are torch's own: Hugging Face's round to float32 even in a float64 model."""
+    """A random model. Its norms keep their input's dtype: Hugging Face's round to float32 even in a float64 model."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or tiny_config(), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config or tiny_config())
     for module in list(model.modules()):
         for name, norm in list(module.named_children()):
             if type(norm).__name__.endswith("RMSNorm"):
-                setattr(module, name, nn.RMSNorm(norm.weight.shape[0], eps=norm.variance_epsilon))
+                gemma = type(norm).__name__.startswith("Gemma")
+                eps = norm.eps if gemma else norm.variance_epsilon
+                setattr(module, name, Norm(norm.weight.data, eps, from_one=gemma))
     for parameter in model.parameters():
         if parameter.ndim > 1:  # larger than the library's 0.02, so that attention and the loss are not flat
             nn.init.normal_(parameter, std=0.15)
     return freeze(model.to(dtype))
+
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+}
+WINDOW = 6
+"""Shorter than the examples, which have 12 to 27 tokens."""
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": tiny_config(),
+    "qwen3": Qwen3Config(**SMALL),
+    "qwen2-window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "mistral-window": MistralConfig(**SMALL, sliding_window=WINDOW),
+    "gemma2-window": Gemma2Config(**SMALL, sliding_window=WINDOW, query_pre_attn_scalar=16),
+    "gemma3-window": Gemma3TextConfig(**SMALL, sliding_window=WINDOW, sliding_window_pattern=2),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=EOS),
+}
 
 
 def settings(**changes: object) -> Lora:

@@ -144,7 +144,9 @@ def files_of_model(folder):
     "The files of a local model folder; a model on the hub has none here."
     if not os.path.isdir(folder):
         return []
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json")))
+    return sorted(
+        os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json", ".bin"))
+    )
 
 
 def borrowed(w):
