@@ -93,8 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Transfer-Encoding"] = "chunked"
         else:
             headers["Content-Length"] = str(len(rest) + how.get("length", 0))
-        if "encoding" in how:
-            headers["Content-Encoding"] = how["encoding"]
+        if "encoding" in how or "gzip" in self.headers["Accept-Encoding"]:
+            headers["Content-Encoding"] = how.get("encoding", "gzip")
         self.answer(status, headers)
         self.send(rest[:value] if plan in ("cut", "stall") else rest, bool(how.get("chunked")), plan == "serve")
         if plan == "stall":
