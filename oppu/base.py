@@ -32,7 +32,7 @@ def model_files(path: str, revision: str | None, convert: bool = False) -> dict[
     if not any(file.suffix == ".safetensors" for file in files):
         pickled = sorted(folder.glob("pytorch_model*.bin"))
         if pickled and not convert:
-            raise InputError([f"{folder}: weights only as .bin; set model.convert (or profiles.convert) to true to rewrite them, once"])
+            raise InputError([f"{folder}: weights only as .bin; model.convert: true rewrites them, once (or profiles.convert)"])
         if not pickled:
             raise InputError([f"{folder}: no safetensors weights; model.path needs a Hugging Face model folder"])
         files += pickled
