@@ -86,7 +86,8 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path) -> dict[str, 
     from oppu.bank import LoraBank, save_adapter
     from oppu.cohort import context_of, progress_log
     from oppu.models import load_base, load_tokenizer
-    from oppu.training import plan, train
+    from oppu.rows import plan
+    from oppu.training import train
 
     model_id = recipe["runtime"]["model"]
     accelerator = Accelerator()

@@ -17,8 +17,8 @@ from oppu.models import load_tokenizer
 from oppu.profiles import extractive
 from oppu.recipe import VERSIONS
 from oppu.records import Item, Query, User
+from oppu.rows import plan
 from oppu.tasks import fields_of, render, task, tasks
-from oppu.training import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/recipes.json"

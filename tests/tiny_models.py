@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from oppu.config import Lora
 from oppu.models import freeze
-from oppu.packing import Example
+from oppu.rows import Example
 
 VOCAB, EOS = 97, 2
 
