@@ -25,12 +25,8 @@ def text_of(plan: Plan) -> str:
         "host_memory_bytes": "memory of the host, while the base is merged",
     }
     lines += [f"{_amount(plan.totals[key], 'B'):>8}  {name}" for key, name in names.items()]
-    hours = _hours(plan.totals["hours"])
-    lines += [
-        f"{hours:>8}  hours on one {plan.gpu.name}",
-        "",
-        *(fill(note, 106, initial_indent="- ", subsequent_indent="  ") for note in plan.notes),
-    ]
+    lines += [f"{_hours(plan.totals['hours']):>8}  hours on one {plan.gpu.name}", ""]
+    lines += [fill(note, 106, initial_indent="- ", subsequent_indent="  ") for note in plan.notes]
     return "\n".join(lines) + "\n"
 
 
