@@ -229,7 +229,7 @@ def plan(
     utilisation: Annotated[float, typer.Option(help="share of the GPU's peak that is reached")] = 0.4,
     examples: Annotated[
         int, typer.Option(min=1, help="examples of a step to count; the rest is taken to be alike")
-    ] = 300,
+    ] = 200,
     list_gpus: Annotated[bool, typer.Option("--list-gpus", help="print the GPUs and their figures")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print every step and setting as JSON")] = False,
 ) -> None:

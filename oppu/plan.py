@@ -111,7 +111,7 @@ class Plan:
         }
 
 
-def make_plan(config: Config, gpu: Gpu, limit: int = 300) -> Plan:
+def make_plan(config: Config, gpu: Gpu, limit: int = 200) -> Plan:
     """Count every step of a configuration; on all examples of a step up to about `limit`, then on a part of them.
 
     Reads files only; never the network, and never a model's weights.

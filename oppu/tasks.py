@@ -99,8 +99,9 @@ class Task(Closed):
             problems.append(f"item uses {sorted(surplus)}, which history does not list")
         if self.y is not None and (set(self.x) != set(fields_of(self.prompt)) or self.y not in self.history):
             problems.append("x must fill every field of prompt and y must be a history field")
-        if self.retrieval_query and (surplus := set(fields_of(self.retrieval_query)) - set(fields_of(self.input))):
-            problems.append(f"retrieval_query uses {sorted(surplus)}, which input does not give")
+        given = set(self.x) if self.pair else set(fields_of(self.input))  # a pair is searched for in training too
+        if self.retrieval_query and (surplus := set(fields_of(self.retrieval_query)) - given):
+            problems.append(f"retrieval_query uses {sorted(surplus)}, which {'x' if self.pair else 'input'} lacks")
         if problems:
             raise ValueError(f"task {self.name}: " + "; ".join(problems))
         return self

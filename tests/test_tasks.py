@@ -127,6 +127,7 @@ def test_another_form_is_refused() -> None:
         ({"prompt": "article: {text} category:"}, "prompt uses \\['text'\\]"),
         ({"item": "article: {body}"}, "item uses \\['body'\\]"),
         ({"x": {}}, "x must fill"),
+        ({"retrieval_query": "{abstract}"}, "retrieval_query uses \\['abstract'\\], which x lacks"),
         ({"surplus": 1}, "surplus"),
     ],
 )
