@@ -32,7 +32,9 @@ def model_files(path: str, revision: str | None, convert: bool = False) -> dict[
     if not any(file.suffix == ".safetensors" for file in files):
         pickled = sorted(folder.glob("pytorch_model*.bin"))
         if pickled and not convert:
-            raise InputError([f"{folder}: weights only as .bin; model.convert: true rewrites them, once (or profiles.convert)"])
+            raise InputError(
+                [f"{folder}: weights only as .bin; model.convert: true rewrites them, once (or profiles.convert)"]
+            )
         if not pickled:
             raise InputError([f"{folder}: no safetensors weights; model.path needs a Hugging Face model folder"])
         files += pickled
@@ -101,7 +103,8 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path, profiles: dic
     from oppu.bank import LoraBank, save_adapter
     from oppu.cohort import context_of, loading_of, log_memory, progress_log
     from oppu.models import load_base, load_tokenizer
-    from oppu.training import plan, train
+    from oppu.rows import plan
+    from oppu.training import train
 
     model_id = recipe["runtime"]["model"]
     accelerator = Accelerator()

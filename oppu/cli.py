@@ -341,6 +341,37 @@ def tune(
 
 
 @app.command()
+def plan(
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "--configfile", help="config file; default: config/config.yaml")
+    ] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(help="further config files, laid over it as Snakemake does")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="the GPU to give hours for; --list-gpus names them")] = "H100",
+    utilisation: Annotated[float, typer.Option(help="share of the GPU's peak that is reached")] = 0.4,
+    examples: Annotated[
+        int, typer.Option(min=1, help="examples of a step to count; the rest is taken to be alike")
+    ] = 200,
+    list_gpus: Annotated[bool, typer.Option("--list-gpus", help="print the GPUs and their figures")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print every step and setting as JSON")] = False,
+) -> None:
+    """Say what a configuration will cost before anything runs: jobs, tokens, FLOPs, GPU hours, disk and memory."""
+    from oppu import plan as planning
+    from oppu.plan_text import text_of
+    from oppu.shape import known
+
+    if list_gpus:
+        for name, values in known()["gpus"].items():
+            typer.echo(f"{name:10}" + ", ".join(f"{key} {value:g}" for key, value in values.items()))
+        typer.echo("half, single: dense TFLOP/s in 16 and 32 bits; bandwidth: GB/s; memory: GB")
+        return
+    settings = planning.read_config([*(config or ([] if more else [Path("config/config.yaml")])), *(more or [])])
+    found = planning.make_plan(settings, planning.gpu_named(gpu, utilisation, settings.model.dtype), examples)
+    typer.echo(json.dumps(found.as_json(), indent=1) if as_json else text_of(found).rstrip())
+
+
+@app.command()
 def schema(
     readme: Annotated[bool, typer.Option("--readme", help="print config/README.md instead")] = False,
 ) -> None:

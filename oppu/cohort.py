@@ -19,13 +19,13 @@ from oppu.encoder import Encoder
 from oppu.examples import Context, history_examples, query_prompts
 from oppu.generation import generate
 from oppu.models import load_base, load_tokenizer
-from oppu.packing import Example
 from oppu.recipe import base_digest, lora_of
 from oppu.records import Item, User
 from oppu.retrieval import Search
+from oppu.rows import Example, plan
 from oppu.seeds import seed_of, seed_text
 from oppu.tasks import tasks
-from oppu.training import plan, train
+from oppu.training import train
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oppu.config import Augmentation
-from oppu.packing import Example
 from oppu.prompts import Prompt, Tokenizer, fit, ids
 from oppu.records import InputError, Item, Query, User
 from oppu.retrieval import BM25, Draws, Search, retrieve_for_history, retrieve_for_queries
+from oppu.rows import Example
 from oppu.tasks import Task
 
 

@@ -195,7 +195,8 @@ class _Reader:
             self._problem(path, record, f"'input' is {kind(raw.get('input'))}, not text")
         else:
             try:
-                self.task.read(text)
+                if self.task.ambiguous(text):
+                    self.items.counts["ambiguous_inputs"] += 1
             except ValueError as error:
                 self._problem(path, record, f"{error}; is this a file of {self.task.name}?")
         history = self._history(path, record, raw.get("profile"))

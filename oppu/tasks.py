@@ -1,4 +1,4 @@
-"""The table of tasks (tasks.yaml): LaMP's seven tasks as records, and templates with named fields."""
+"""The table of tasks (tasks.yaml): LaMP's seven tasks and others as records, and templates with named fields."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def render(template: str, fields: dict[str, str]) -> str:
     if surplus := set(fields) - wanted:
         raise ValueError(f"template {template!r} has no place for {sorted(surplus)}")
     return template.format_map(fields)
+
+
+def _loose(literal: str) -> str:
+    """A pattern for a literal with any white space where it has some; none will do beside a sign (`[2]: "`)."""
+    pieces = re.split(r"(\s+)", literal)
+    for n in range(1, len(pieces), 2):
+        letters = pieces[n - 1][-1:].isalnum() and pieces[n + 1][:1].isalnum()
+        pieces[n] = r"\s+" if letters else r"\s*"
+    return "".join(piece if n % 2 else re.escape(piece) for n, piece in enumerate(pieces))
 
 
 class Closed(BaseModel):
@@ -90,8 +99,9 @@ class Task(Closed):
             problems.append(f"item uses {sorted(surplus)}, which history does not list")
         if self.y is not None and (set(self.x) != set(fields_of(self.prompt)) or self.y not in self.history):
             problems.append("x must fill every field of prompt and y must be a history field")
-        if self.retrieval_query and (surplus := set(fields_of(self.retrieval_query)) - set(fields_of(self.input))):
-            problems.append(f"retrieval_query uses {sorted(surplus)}, which input does not give")
+        given = set(self.x) if self.pair else set(fields_of(self.input))  # a pair is searched for in training too
+        if self.retrieval_query and (surplus := set(fields_of(self.retrieval_query)) - given):
+            problems.append(f"retrieval_query uses {sorted(surplus)}, which {'x' if self.pair else 'input'} lacks")
         if problems:
             raise ValueError(f"task {self.name}: " + "; ".join(problems))
         return self
@@ -106,25 +116,43 @@ class Task(Closed):
         """Whether a history item is (x, y); otherwise it is plain text, learned as such (section 3)."""
         return self.y is not None
 
-    @cached_property
-    def _reader(self) -> re.Pattern[str]:
+    def _pattern(self, exact: bool, shortest: bool) -> re.Pattern[str]:
+        """`input` as a pattern. Not exact: white space may differ, and may lack where a word does not need it."""
         pattern = ""
         for literal, name, _, _ in string.Formatter().parse(self.input):
-            words = r"\s+".join(re.escape(word) for word in re.split(r"\s+", literal.rstrip()))
-            pattern += words + (r"\s*" if literal != literal.rstrip() else "")
-            pattern += f"(?P<{name}>.*?)" if name else ""
+            bare = literal.rstrip()
+            pattern += re.escape(bare) if exact else _loose(bare)
+            pattern += r"\s*" if bare != literal else ""
+            pattern += f"(?P<{name}>.*{'?' * shortest})" if name else ""
         return re.compile(pattern, re.DOTALL)
 
-    def read(self, text: str) -> dict[str, str]:
-        """The named parts of a query's input text.
+    @cached_property
+    def _readers(self) -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
+        return [(self._pattern(exact, True), self._pattern(exact, False)) for exact in (True, False)]
 
-        A separator that a user's own text repeats is read at its first place. Raises ValueError where the text
-        does not have the form of `input`.
+    def _readings(self, text: str) -> list[dict[str, str]]:
+        """The readings with the shortest and with the longest first parts: equal if there is one reading only.
+
+        A text that has the very form of `input` is read by it alone: other spacing within it is the user's own.
         """
-        match = self._reader.fullmatch(text.strip())
-        if match is None:
-            raise ValueError(f"input does not have the form {self.input!r}")
-        return match.groupdict()
+        for patterns in self._readers:
+            matches = [pattern.fullmatch(text.strip()) for pattern in patterns]
+            if found := [match.groupdict() for match in matches if match is not None]:
+                return found
+        raise ValueError(f"input does not have the form {self.input!r}")
+
+    def read(self, text: str) -> dict[str, str]:
+        """The named parts of a query's input text, less white space at its ends.
+
+        A separator that a user's own text repeats is read at its first place (see `ambiguous`). Raises ValueError
+        where the text does not have the form of `input`.
+        """
+        return self._readings(text)[0]
+
+    def ambiguous(self, text: str) -> bool:
+        """Whether a query's input text can be read in more than one way: a user's text repeats a whole separator."""
+        first, last = self._readings(text)
+        return first != last
 
     def query_fields(self, text: str) -> dict[str, str]:
         """The parts of a query's input that the prompt uses."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +16,8 @@ from oppu.attention import attention_mask, check_packing
 from oppu.bank import LoraBank
 from oppu.config import Lora
 from oppu.models import head_at
-from oppu.packing import WIDTH, Chunk, Example, assemble, fill_rows, micro_batches, step_seed
+from oppu.packing import assemble
+from oppu.rows import WIDTH, Chunk, Example, fill_rows, micro_batches, next_batch, step_seed
 
 Progress = Callable[[int, int, int], None]
 """Called after every pass with (user steps done, user steps in all, example tokens trained on)."""
@@ -31,20 +30,6 @@ class Trained:
     steps: int
     loss: float | None
     error: Exception | None
-
-
-def plan(n_examples: int, epochs: int, batch_size: int, seed_text: str) -> list[list[int]]:
-    """A user's optimiser steps as lists of example numbers: shuffled anew in every epoch, the last step may be short.
-
-    The order comes from `seed_text` alone (run seed, task, user, purpose).
-    """
-    draw = random.Random(hashlib.sha256(seed_text.encode()).digest())
-    steps = []
-    for _ in range(epochs):
-        order = list(range(n_examples))
-        draw.shuffle(order)
-        steps += [order[start : start + batch_size] for start in range(0, n_examples, batch_size)]
-    return steps
 
 
 def warmup_steps(lora: Lora, steps: int) -> int:
@@ -98,14 +83,10 @@ def train(
         for user in todo - chunks.keys():
             chosen = tuple(examples[user][n] for n in plans[user][done[user]])
             chunks[user] = Chunk(user, chosen, step_seed(seeds[user], done[user]) if seeds else 0)
-        batch: list[Chunk] = []
-        room = lora.tokens_per_batch
-        # Those with most steps left go first: else the longest histories would be left over, alone, at the end.
-        for user in sorted(todo, key=lambda u: (done[u] - len(plans[u]), u)):
-            if batch and chunks[user].tokens > room:
-                break
-            room -= chunks[user].tokens
-            batch.append(chunks.pop(user))
+        left = {user: len(plans[user]) - done[user] for user in todo}
+        batch = next_batch(chunks, left, lora.tokens_per_batch)
+        for chunk in batch:
+            del chunks[chunk.user]
 
         results = gradients(model, bank, batch, lora, accelerator, width)
         if len(batch) > 1 and not all(map(_finite, results)):

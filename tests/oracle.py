@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from oppu.config import Lora
-from oppu.packing import Example
+from oppu.rows import Example
 
 
 def train_alone(

@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config
 
 from oppu.bank import LoraBank, grouped, kept, load_adapter, save_adapter
 from oppu.models import head_at, load_base, load_model, load_tokenizer, merge, target_linears
-from oppu.packing import Chunk, Example, assemble, fill_rows
+from oppu.packing import assemble
 from oppu.records import InputError
+from oppu.rows import Chunk, Example, fill_rows
 from oppu.training import gradients
 from tests.tiny_models import VOCAB, settings, some_examples, tiny_config, tiny_llama
 

@@ -6,6 +6,7 @@ After a change on purpose: raise the step's number in oppu/recipe.py, then run
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,12 +19,15 @@ from oppu.models import load_tokenizer
 from oppu.profiles import extractive
 from oppu.recipe import VERSIONS, profile_recipe
 from oppu.records import Item, Query, User
+from oppu.rows import plan
 from oppu.tasks import fields_of, render, task, tasks
-from oppu.training import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/recipes.json"
 LLM = {"backend": "llm", "path": str(ROOT / "data/models/oppu-tiny"), "history_tokens": 100, "item_words": 8}
+PROMPTS = ROOT / "tests/golden/prompts.txt"
+AUGMENTATIONS = ("k0", "random", "k1", "k2", "k4", "profile-k0", "profile-k1", "recency-k1")
+"""Those of the main table, and the newest item."""
 WORDS = [
     "the",
     "senate",
@@ -95,5 +99,25 @@ def test_what_the_steps_make_is_what_their_versions_stand_for() -> None:
     assert not changed, f"{changed} changed: raise the step's number in oppu.recipe.VERSIONS, or undo the change"
 
 
+def prompts() -> str:
+    """Every task's person's query under every augmentation, to be read."""
+    tokenizer = load_tokenizer(str(ROOT / "data/models/oppu-tiny"))
+    parts = ["The prompts of one made-up user's query, made by the code: python -m tests.test_golden"]
+    for name, augmentation in itertools.product(tasks(), AUGMENTATIONS):
+        user, what = person(name), parse_augmentation(augmentation)
+        profile = extractive(task(name), user.history) if what.profile else None
+        context = Context(task(name), what, tokenizer, tokenizer.eos_token_id, 2048, 0)
+        ((_, prompt, _),) = query_prompts(context, user, profile, 16, Counter())
+        parts.append(f"== {name} {augmentation}\n{prompt}")
+    return "\n\n".join(parts) + "\n"
+
+
+def test_prompts_are_the_golden_ones() -> None:
+    golden, now = (text.split("\n\n== ") for text in (PROMPTS.read_text(encoding="utf-8"), prompts()))
+    changed = [new for new in now if new not in golden]
+    assert now == golden, f"raise `prompts` in oppu.recipe.VERSIONS, or undo the change; now:\n{changed[:1]}"
+
+
 if __name__ == "__main__":
+    PROMPTS.write_text(prompts(), encoding="utf-8")
     GOLDEN.write_text(json.dumps(made(), indent=1, sort_keys=True, ensure_ascii=False) + "\n")

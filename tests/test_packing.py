@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oppu.models import head_at
-from oppu.packing import Chunk, Example, assemble, fill_rows, micro_batches
+from oppu.packing import assemble
+from oppu.rows import Chunk, Example, fill_rows, micro_batches
 from tests.tiny_models import some_examples, tiny_llama
 
 

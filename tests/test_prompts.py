@@ -35,9 +35,9 @@ def test_profile_then_items_best_first_then_instruction() -> None:
     assert lines[4] == "article: new category:"
 
 
-@pytest.mark.parametrize("name", tasks())
+@pytest.mark.parametrize("name", [name for name in tasks() if name.startswith("LaMP_")])
 def test_the_golden_base_prompts_are_the_papers(name: str) -> None:
-    golden = (Path(__file__).parent / "golden/prompts.txt").read_text(encoding="utf-8")
+    golden = (Path(__file__).parent / "golden/appendix_i.txt").read_text(encoding="utf-8")
     record = task(name)
     fields = {"title": "QUERY PAPER TITLE", "option1": "OPTION1", "option2": "OPTION2"}
     query = {f: fields.get(f, f"QUERY {f.upper()}") for f in record.x or _fields(record.prompt)}

@@ -256,7 +256,7 @@ def test_equal_results_are_equal_bytes_and_read_back(tmp_path):
 
 
 def test_the_papers_other_tables_are_there():
-    assert read_csv(PAPER / "table4.csv")["task"].to_list() == list(tasks())
+    assert read_csv(PAPER / "table4.csv")["task"].to_list() == [name for name in tasks() if name.startswith("LaMP_")]
     for row in read_csv(PAPER / "table4.csv").iter_rows(named=True):
         personal = task(row["task"]).personal
         paper = [float(row[k]) for k in ("rank", "epochs", "lr", "l2", "batch_size")]

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from oppu.bank import LoraBank
 from oppu.config import Lora
-from oppu.packing import Example
-from oppu.training import Trained, plan, train
+from oppu.rows import Example, plan
+from oppu.training import Trained, train
 from tests.oracle import distance, train_alone
 from tests.tiny_models import settings, some_examples, tiny_llama
 

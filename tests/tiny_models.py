@@ -22,7 +22,7 @@ from transformers import (
 
 from oppu.config import Lora
 from oppu.models import freeze
-from oppu.packing import Example
+from oppu.rows import Example
 
 VOCAB, EOS = 97, 2
 
