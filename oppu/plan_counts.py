@@ -12,6 +12,7 @@ from oppu.plan_data import Data, spread
 from oppu.profiles import extractive
 from oppu.prompts import Tokenizer
 from oppu.records import User
+from oppu.retrieval import Search
 from oppu.rows import Chunk, Example, fill_rows, micro_batches, next_batch, padded_width, plan, row_length
 from oppu.seeds import seed_text
 from oppu.tasks import task as task_named
@@ -95,7 +96,8 @@ class Task:
         own = self.config.retrieval.random == "own" or not what.random
         pool = None if own else [item for user in self.data.base for item in user.history]
         room = int(self.config.model.max_length / self.per_token)
-        return Context(task_named(self.name), what, self.tokenizer, 0, room, self.config.seed, pool)
+        search = Search(self.config.retrieval.query)
+        return Context(task_named(self.name), what, self.tokenizer, 0, room, self.config.seed, pool, search)
 
     def _profile(self, augmentation: str, user: User) -> str | None:
         if not parse_augmentation(augmentation).profile:

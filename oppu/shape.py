@@ -39,6 +39,8 @@ class Shape:
     """Attention heads times their size."""
     hidden: int
     intermediate: int
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """The layers that LoRA is added to where none are named."""
 
     def forward(self, tokens: float, pairs: float, logits: float) -> float:
         """FLOPs of a forward pass: 2 per parameter and token, 4 per pair of tokens in attention, layer and width.
@@ -57,7 +59,7 @@ class Shape:
 
     def adapter(self, lora: Lora) -> int:
         """Parameters of one LoRA adapter; InputError for a target that the model lacks."""
-        targets = lora.target_modules or ["q_proj", "v_proj"]
+        targets = lora.target_modules or self.targets
         matched = {t: [x for x in self.linears if x[0] == t or x[0].endswith(f".{t}")] for t in targets}
         if missing := [t for t, layers in matched.items() if not layers]:
             names = sorted({name.rsplit(".", 1)[-1] for name, *_ in self.linears})
@@ -130,6 +132,8 @@ def _by_building(file: Path) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from oppu.models import LINEAR, default_targets, sizes_of
+
     try:
         config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -139,15 +143,12 @@ def _by_building(file: Path) -> Shape:
     text = config.get_text_config()
     out = model.get_output_embeddings()
     modules = dict(model.named_modules())
-    linears = tuple(
-        (name, m.in_features, m.out_features)
-        for name, m in modules.items()
-        if isinstance(m, torch.nn.Linear) and m is not out
-    )
+    linears = tuple((name, *sizes_of(m)) for name, m in modules.items() if isinstance(m, LINEAR) and m is not out)
     tables = {id(m.weight) for m in modules.values() if isinstance(m, torch.nn.Embedding)} | {id(out.weight)}
     body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in tables)
     d, heads = text.hidden_size, text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or d // heads)
     inner = getattr(text, "intermediate_size", None) or 4 * d
     total = sum(p.numel() for p in model.parameters())
-    return Shape(linears, body, out.weight.numel(), total, text.num_hidden_layers, width, d, inner)
+    targets = tuple(default_targets(model))
+    return Shape(linears, body, out.weight.numel(), total, text.num_hidden_layers, width, d, inner, targets)

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oppu.config import Split
 from oppu.lamp import read, read_counted
 from oppu.lamp_values import Items, earliest, is_date
 from oppu.records import InputError
+from oppu.split import split
 from oppu.tasks import task, tasks
 from tests.lamp_files import item, question, write_raw, write_task
 
@@ -145,6 +147,47 @@ def test_any_text_comes_through_unchanged(texts):
     with tempfile.TemporaryDirectory() as folder:
         found = one(Path(folder), *(item(NEWS, n, text=text) for n, text in enumerate([HOSTILE, *texts])))
     assert [i.fields["text"] for i in found.history] == [HOSTILE, *texts]
+
+
+@pytest.mark.parametrize("name", tasks())
+def test_a_hostile_query_of_any_task_comes_through(tmp_path, name):
+    write_raw(tmp_path, name, [question(name, "q", "ann", [], text=HOSTILE.strip())])
+    (found,), counts = read_counted(tmp_path, task(name))
+    assert set(task(name).read(found.input).values()) == {HOSTILE.strip()}
+    assert counts == {}
+
+
+def test_a_query_that_can_be_read_in_two_ways_is_counted(tmp_path):
+    questions = [question("LaMP_1", n, "ann", [], text=text) for n, text in enumerate(["A title", 'A" [2]: "B'])]
+    write_raw(tmp_path, "LaMP_1", questions)
+    assert read_counted(tmp_path, task("LaMP_1"))[1] == {"ambiguous_inputs": 1}
+
+
+def test_citation_items_have_title_and_abstract_and_no_citation(tmp_path):
+    made = {"id": "6000", "title": "T", "abstract": "A [1] of it", "date": "2016"}
+    cited = made | {"id": "6001", "citation": ["x"], "venue": None}
+    found = one(tmp_path, made, cited, name="LaMP_1")
+    assert [i.fields for i in found.history] == [{"title": "T", "abstract": "A [1] of it"}] * 2
+
+
+def test_the_longest_history_and_the_longest_review_of_lamp(tmp_path):
+    review = " ".join(f"word{n}" for n in range(1648))
+    found = one(tmp_path, *(item("LaMP_3", n) for n in range(842)), item("LaMP_3", 842, text=review), name="LaMP_3")
+    assert len(found.history) == 843
+    assert len(found.history[-1].fields["text"].split()) == 1648
+    (same,), counts = read_counted(tmp_path, task("LaMP_3"))
+    assert same == found and counts == {}
+
+
+def test_a_querys_own_text_in_its_history_is_read_as_it_stands_and_left_out_by_the_split(tmp_path):
+    asked = "I loved it,\n\nand more"
+    items = [item("LaMP_3", 0, id="other"), item("LaMP_3", 1, id="own", text="I loved it, and  more")]
+    write_raw(tmp_path, "LaMP_3", [question("LaMP_3", "q", "ann", items, text=asked)])
+    questions = read(tmp_path, task("LaMP_3"))
+    assert [i.id for i in questions[0].history] == ["other", "own"]
+    result = split(questions, task("LaMP_3"), Split(test_users="dev"))
+    assert [i.id for i in result.test[0].history] == ["other"]
+    assert result.counts["items_of_own_queries"] == 1
 
 
 def test_lone_surrogates_become_replacement_characters_and_are_counted(tmp_path):

@@ -76,7 +76,7 @@ def test_the_workflow_runs_it_end_to_end(tmp_path: Path) -> None:
     project.run()
     with (project.folder / "results/tables/scores.csv").open() as f:
         rows = {(row["task"], row["peft"], row["metric"]): row for row in csv.DictReader(f)}
-    assert {(NAME, peft, metric) for peft in ("none", "lora") for metric in ("rouge-1", "rouge-L")} <= rows.keys()
+    assert {(NAME, peft, metric) for peft in ("none", "lora") for metric in ("rouge1", "rougeL")} <= rows.keys()
     adapters = list(project.folder.glob(f"results/{NAME}/k0/lora/full/users/*/adapter/adapter_model.safetensors"))
     assert len(adapters) == 2
     with (project.folder / "results/tables/references.csv").open() as f:
