@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oppu.files import read_user
 from oppu.prompts import Prompt
+from oppu.submissions import score_files
 from oppu.tasks import task as task_record
-from tests.workflow.project import TEST_USERS, Project
+from tests.workflow.project import ROOT, TEST_USERS, Project
 
 NOTHING = "Nothing to be done"
+PAPER = ROOT / "data/paper"
 SETTINGS = [f"LaMP_2N/{augmentation}/{peft}/full" for augmentation in ("k0", "k1") for peft in ("none", "lora")]
 
 
@@ -175,7 +177,25 @@ def test_a_surplus_key_in_the_config_is_refused(project: Project) -> None:
 def test_the_report_holds_the_tables_and_the_figure(project: Project) -> None:
     project.run("--report", "report.html")
     text = (project.folder / "report.html").read_text(encoding="utf-8")
-    assert all(word in text for word in ("table1.svg", "scores.csv", "bootstrap intervals over users"))
+    outputs = ("table1.svg", "scores.csv", "seeds.csv", "table1.html", "table5.csv")
+    captions = ("bootstrap intervals over users", "dagger", "over training seeds", "the model's own tokens")
+    assert all(word in text for word in outputs + captions)
+
+
+def test_table1_and_table5_are_targets_and_a_submission_scores_as_its_setting(finished: Project) -> None:
+    for table in ("table1", "table5"):
+        with (
+            (finished.folder / f"results/tables/{table}.csv").open() as ours,
+            (PAPER / f"{table}.csv").open() as theirs,
+        ):
+            columns = next(csv.reader(theirs))
+            assert next(csv.reader(ours))[: len(columns)] == columns
+        assert NOTHING in finished.run("-n", f"results/tables/{table}.csv")
+    setting = finished.folder / "results" / SETTINGS[1]
+    golds = finished.folder / "data/raw/LaMP_2N/dev_outputs.json"
+    scores = json.loads((setting / "scores.json").read_text())
+    found = score_files(setting / "submission.json", golds, task_record("LaMP_2N"))
+    assert {name: scores[name] for name in found} == found
 
 
 def test_the_recipe_beside_a_setting_says_what_was_used(finished: Project) -> None:

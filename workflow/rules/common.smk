@@ -172,3 +172,8 @@ def members(w):
             everyone[int(w.cohort) * CONFIG.users_per_job :][: CONFIG.users_per_job],
         )
     raise WorkflowError(f"{w.task} has no test user {w.cohort}; `oppu users {RESULTS}/{w.task}` lists them")
+
+
+def paper_table(name):
+    "The paper's own table, to stand beside ours; nothing where it is not at hand."
+    return [path for path in [f"data/paper/{name}.csv"] if os.path.exists(path)]

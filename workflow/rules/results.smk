@@ -15,11 +15,6 @@ TABLES = [
 ] + [f"{RESULTS}/figures/table1.svg"]
 
 
-def paper_table(name):
-    "The paper's own table, to stand beside ours; nothing where it is not at hand."
-    return [path for path in [f"data/paper/{name}.csv"] if os.path.exists(path)]
-
-
 # Takes users.json, base, recipe and profiles themselves, not only the stamps: a failed job must never leave old scores
 # behind.
 rule score:
