@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -21,7 +22,33 @@ def test_schema_and_key_list_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_loads(path: Path) -> None:
-    config.load(yaml.safe_load(path.read_text()))
+    loaded = config.load(yaml.safe_load(path.read_text()))
+    lines = path.read_text().splitlines()
+    assert any(f"snakemake --cores all --configfile config/{path.name}" in line for line in lines[:6]) or path.name in (
+        "config.yaml",
+        "tune.yaml",
+    ), "the launch line stands on top"
+    for task in loaded.tasks:
+        for augmentation, peft, history in loaded.settings:
+            base = recipe.base_recipe(loaded, task, augmentation)
+            cell = recipe.cell_recipe(loaded, task, augmentation, peft, history)
+            assert json.loads(json.dumps([base, cell])) == [base, cell]
+            assert base["runtime"]["model"] == loaded.model.model_dump(include={"path", "revision", "convert"})
+            assert recipe.lora_of(base).alpha
+            assert peft == "none" or recipe.lora_of(cell).alpha == 8
+
+
+def test_the_papers_preset_is_table_4() -> None:
+    paper = config.load(yaml.safe_load((ROOT / "config/paper.yaml").read_text()))
+    with (ROOT / "data/paper/table4.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert [row["task"] for row in rows] == paper.tasks
+    for row in rows:
+        lora = recipe.lora_of(recipe.cell_recipe(paper, row["task"], "k1", "lora", "full"))
+        found = (lora.rank, lora.epochs, lora.lr, lora.weight_decay, lora.batch_size)
+        assert found == tuple(float(row[name]) for name in ("rank", "epochs", "lr", "l2", "batch_size"))
+        assert (lora.alpha, lora.dropout, lora.target_modules) == (8, 0, ["q_proj", "v_proj"])
+    assert len(paper.settings) == 2 * 7 - 1, "all columns of Table 1, and random without an adapter only"
 
 
 def test_all_problems_are_listed_at_once() -> None:
