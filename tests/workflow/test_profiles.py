@@ -69,9 +69,12 @@ def test_an_own_text_remakes_that_users_cells_and_they_come_back_without_it(proj
 
 def test_a_bad_own_text_stops_the_run_each_time_and_the_rest_is_kept(project: Project) -> None:
     files, user = project.cells(), project.users()[0]
+    setting = "results/LaMP_2N/profile-k0/lora/full"
+    cell, scores = f"{setting}/users/{user}/predictions.jsonl", f"{setting}/scores.json"
+    project.run(cell)
     own_text(project, user).write_text(" \n")
-    for _ in range(2):
-        assert NOTHING not in project.run(ok=False)
+    for targets in ([], [], [cell], [cell], [scores], [scores]):
+        assert NOTHING not in project.run(*targets, ok=False)
         assert f"{user}.txt: is empty" in project.logs()
     assert project.cells() == files and project.made() == (0, 0)
     own_text(project, user).unlink()
