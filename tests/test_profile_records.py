@@ -279,8 +279,9 @@ def test_nothing_stale_imports_no_torch(folder: Folder, model: Path) -> None:
     folder.run(users)
     folder.run_base(users)
     code = "import sys; from pathlib import Path; from oppu.profile_records import run, run_base; "
-    code += "p = Path(sys.argv[1]); r = p / 'profiles/recipe.json'; run(p / 'stamp', r, sorted(p.glob('histories/*')), p / 'own'); "
-    code += "run_base(p / 'profiles/base.json', r, p / 'base.jsonl'); print('torch' in sys.modules)"
+    code += "p = Path(sys.argv[1]); r = p / 'profiles/recipe.json'; histories = sorted(p.glob('histories/*')); "
+    code += "run(p / 'stamp', r, histories, p / 'own'); run_base(p / 'profiles/base.json', r, p / 'base.jsonl'); "
+    code += "print('torch' in sys.modules)"
 
     def imports_torch() -> str:
         done = subprocess.run(

@@ -53,7 +53,7 @@ def people(project: Project) -> tuple[list[User], list[User]]:
 def texts(project: Project, augmentation: str) -> dict[str, str]:
     """Everything a user's adapter is trained on and asked, as text, by the user's id; and the base's as `base`."""
     folder = project.folder / f"results/LaMP_2N/{augmentation}"
-    recipe = read_json(folder / "lora/full/recipe.json")
+    recipe = read_json(folder / "none/full/recipe.json")
     base_recipe = read_json(folder / "base/recipe.json")
     tokenizer = load_tokenizer(str(ROOT / "data/models/oppu-tiny"))
     pool = pool_of(project.folder / "results/LaMP_2N/split/base.jsonl", recipe)

@@ -70,10 +70,12 @@ rule pooled:
 
 
 # One cell by name: a cohort of one. This job only stamps, it cannot fail halfway; update() keeps Snakemake from
-# deleting the file first.
+# deleting the file first. The profile and what it is made from are inputs too: else a failed one leaves old answers.
 rule cell:
     input:
         f"{SETTING}/cohorts/{{user}}.json",
+        profile=lambda w: profile_stamp(w, f"cohorts/{w.user}"),
+        own=lambda w: profile_sources(w.task, w.augmentation, [w.user]),
     output:
         update(f"{SETTING}/users/{{user}}/predictions.jsonl"),
     log:

@@ -82,6 +82,19 @@ def profiles(task, augmentation):
     return [f"{RESULTS}/{task}/profiles/base.json", *cohorts(task, "profiles")]
 
 
+def own_texts(task, keys):
+    "The profiles that these users wrote themselves."
+    paths = [f"{CONFIG.profiles.own}/{task}/{key}.txt" for key in keys]
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def profile_sources(task, augmentation, keys):
+    "What these users' profiles are made from, besides histories; nothing where the prompts carry none."
+    if not with_profile(augmentation):
+        return []
+    return [f"{RESULTS}/{task}/profiles/recipe.json", *own_texts(task, keys)]
+
+
 def mended(stamp):
     """A value that changes when a file that a stamp vouches for is gone, so that a plain run brings its job back.
 

@@ -17,20 +17,13 @@ def profile_model(w):
     return files_of_model(CONFIG.profiles.path) if CONFIG.profiles.backend == "llm" else []
 
 
-def own_profiles(w):
-    "The profiles that users of a cohort wrote themselves."
-    keys = [os.path.basename(path).removesuffix(".json") for path in members(w)]
-    paths = [f"{CONFIG.profiles.own}/{w.task}/{key}.txt" for key in keys]
-    return [path for path in paths if os.path.isfile(path)]
-
-
 # Writes the stale profiles of a cohort; users/{user}.json is not declared, so that nothing finished is ever deleted.
 rule profiles:
     input:
         histories=members,
         recipe=f"{PROFILES}/recipe.json",
         model=profile_model,
-        own=own_profiles,
+        own=lambda w: own_texts(w.task, [os.path.basename(path).removesuffix(".json") for path in members(w)]),
     output:
         f"{PROFILES}/cohorts/{{cohort}}.json",
     log:

@@ -25,6 +25,7 @@ rule score:
         base=f"{BASE}/base.json",
         recipe=f"{SETTING}/recipe.json",
         profiles=lambda w: profiles(w.task, w.augmentation),
+        own=lambda w: profile_sources(w.task, w.augmentation, users(w.task)),
     output:
         scores=f"{SETTING}/scores.json",
         scored=f"{SETTING}/scored.parquet",
