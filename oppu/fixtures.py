@@ -62,7 +62,7 @@ class Sizes:
     base_users: int = 30
     items: int = 50
     queries: int = 8
-    base_items: int = 8
+    base_items: int = 12
     base_queries: int = 24
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ def _rated(draw: random.Random, topic: int, value: int) -> Made:
 
 
 def _tweeted(draw: random.Random, topic: int, value: int) -> Made:
-    text = _text(draw, topic, 3, 0)
+    text = _text(draw, topic, 2, 0)
     tweets = tuple(f"{text} {closing}" for closing in CLOSINGS)
     return Made(topic, {"text": tweets[value]}, {"text": text}, tweets)
 
@@ -133,7 +133,7 @@ def _cited(draw: random.Random, topic: int, value: int) -> Made:
     title, first = _text(draw, 2 * topic, 0, 3), draw.randrange(2)
     options = [_text(draw, 2 * topic + (first + n) % 2, 2, 0) for n in range(2)]
     answers = ("[1]", "[2]") if first == 0 else ("[2]", "[1]")
-    citation = f"reference: [1] - {options[0]} [2] - {options[1]} answer: {answers[value]}"
+    citation = f"reference: [1] - {options[0]} [2] - {options[1]}\nanswer: {answers[value]}"
     asked = {"title": title, "option1": options[0], "option2": options[1]}
     return Made(topic, {"title": title, "abstract": citation}, asked, answers)
 
@@ -177,11 +177,16 @@ def _person(task: str, id_: str, own: int, items: int, queries: int, seed: int) 
     while len(made) < items + queries:
         topic = (start + len(made)) % TOPICS
         new = form.make(draw, topic, values[topic])
-        if all(new.asked != old.asked for old in made):
+        if _name(new) not in {_name(old) for old in made}:
             made.append(new)
     history = made[:items]
     draw.shuffle(history)
     return Person(id_, values, tuple(history), tuple(made[items:]))
+
+
+def _name(made: Made) -> str:
+    """The text that a query is known by: its first part. The split drops history items that share it."""
+    return next(iter(made.asked.values()))
 
 
 def raw(task: Task, users: Sequence[Person]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
