@@ -14,6 +14,7 @@ if not workflow.overwrite_configfiles:
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/lamp.smk"
+include: "workflow/rules/fixtures.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/profiles.smk"
 include: "workflow/rules/base.smk"

@@ -307,6 +307,19 @@ def merge(
     typer.echo(f"{bases.merge(base, out)} written to {out}")
 
 
+@app.command()
+def fixtures(
+    out: Annotated[Path, typer.Argument(help="folder to write {task}/{train,dev}_{questions,outputs}.json to")],
+    task: Annotated[list[str], typer.Argument(help="LaMP_1, LaMP_2M, LaMP_3, LaMP_7")],
+    seed: Annotated[int, typer.Option(help="seed")] = 0,
+) -> None:
+    """Write made-up users with known preferences, in LaMP's format."""
+    from oppu import fixtures as made_up
+
+    for name in task:
+        made_up.write(out, name, seed=seed)
+
+
 @app.command(name="tiny-lm")
 def tiny_lm(
     corpus: Annotated[Path, typer.Argument(help="corpus.jsonl.gz")],

@@ -116,8 +116,18 @@ def as_json(value):
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
+def fixture_files(task):
+    return [
+        f"{RESULTS}/fixtures/{task}/{part}_{kind}.json"
+        for part in ("train", "dev")
+        for kind in ("questions", "outputs")
+    ]
+
+
 def raw_files(task):
-    "LaMP's files of a task, as they are: compressed or not, train and dev."
+    "LaMP's files of a task, as they are: compressed or not, train and dev. Fixtures are made by their rule."
+    if CONFIG.task_data.get(task) == "fixtures":
+        return fixture_files(task)
     names = [
         f"{part}_{kind}.json{end}"
         for part in ("train", "dev")
