@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from functools import lru_cache
 
 from snakemake.exceptions import WorkflowError
@@ -23,7 +24,7 @@ SETTINGS = ["/".join(setting) for setting in CONFIG.settings]
 AUGMENTATIONS = sorted({augmentation for augmentation, *_ in CONFIG.settings})
 
 # Jobs that load a model take the machine's GPU where it has one; the default profile has one to give at a time.
-GPU = int(os.path.exists("/dev/nvidia0"))
+GPU = int(shutil.which("nvidia-smi") is not None)
 
 TASK = f"{RESULTS}/{{task}}"
 SPLIT = f"{TASK}/split"
@@ -170,6 +171,11 @@ def files_of_model(folder):
     return sorted(
         os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".safetensors", ".json", ".bin"))
     )
+
+
+def profile_model(w):
+    "The files of the model that writes profiles, where it is a local folder."
+    return files_of_model(CONFIG.profiles.path) if CONFIG.profiles.backend == "llm" else []
 
 
 def borrowed(w):

@@ -12,11 +12,6 @@ rule profile_recipe:
         "printf '%s\\n' {params.recipe:q} > {output:q} 2> {log:q}"
 
 
-def profile_model(w):
-    "The files of the model that writes profiles, where it is a local folder."
-    return files_of_model(CONFIG.profiles.path) if CONFIG.profiles.backend == "llm" else []
-
-
 # Writes the stale profiles of a cohort; users/{user}.json is not declared, so that nothing finished is ever deleted.
 rule profiles:
     input:
