@@ -22,10 +22,10 @@ from oppu.bank import LoraBank
 from oppu.config import Config, Lora, Split, parse_augmentation
 from oppu.examples import Context, history_examples
 from oppu.models import load_model, load_tokenizer, target_linears
-from oppu.packing import Example
+from oppu.rows import Example, plan
 from oppu.split import split
 from oppu.tasks import task
-from oppu.training import plan, train
+from oppu.training import train
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "data/models/oppu-tiny")

@@ -28,9 +28,9 @@ from oppu.bank import LoraBank, load_adapter, save_adapter
 from oppu.config import Generation
 from oppu.generation import generate
 from oppu.models import default_targets, load_base, load_model
-from oppu.packing import Example
 from oppu.records import InputError
-from oppu.training import plan, train
+from oppu.rows import Example, plan
+from oppu.training import train
 from tests.oracle import distance, train_alone
 from tests.test_generation import some_prompts
 from tests.test_generation import tokenizer as tokenizer

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from oppu.bank import LoraBank
 from oppu.models import load_base, load_model
 from oppu.records import InputError
-from oppu.training import plan, train
+from oppu.rows import plan
+from oppu.training import train
 from tests.oracle import train_alone
 from tests.tiny_models import settings, some_examples, tiny_config, tiny_llama
 
