@@ -63,7 +63,7 @@ class Sizes:
     items: int = 50
     queries: int = 8
     base_items: int = 12
-    base_queries: int = 24
+    base_queries: int = 32
 
     def __post_init__(self) -> None:
         if (
@@ -124,14 +124,15 @@ def _rated(draw: random.Random, topic: int, value: int) -> Made:
 
 
 def _tweeted(draw: random.Random, topic: int, value: int) -> Made:
-    text = _text(draw, topic, 2, 0)
+    text = _text(draw, topic, 3, 0)
     tweets = tuple(f"{text} {closing}" for closing in CLOSINGS)
     return Made(topic, {"text": tweets[value]}, {"text": text}, tweets)
 
 
 def _cited(draw: random.Random, topic: int, value: int) -> Made:
     title, first = _text(draw, 2 * topic, 0, 3), draw.randrange(2)
-    options = [_text(draw, 2 * topic + (first + n) % 2, 2, 0) for n in range(2)]
+    subjects = [SUBJECTS[2 * topic + (first + n) % 2].split()[4 * n : 4 * n + 4] for n in range(2)]
+    options = [" ".join(draw.sample(subject, 2)) for subject in subjects]
     answers = ("[1]", "[2]") if first == 0 else ("[2]", "[1]")
     citation = f"reference: [1] - {options[0]} [2] - {options[1]}\nanswer: {answers[value]}"
     asked = {"title": title, "option1": options[0], "option2": options[1]}

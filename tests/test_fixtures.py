@@ -70,7 +70,7 @@ def answered(name, item):
         return tuple(sorted(subjects)), subjects[int(answer[1]) - 1]
     if name == "LaMP_7":
         words = item.fields["text"].split()
-        return about(item.fields["text"]), " ".join(words[2:])
+        return about(item.fields["text"]), " ".join(words[3:])
     text, answer = (item.fields[field] for field in task(name).history)
     return about(text), answer
 
@@ -131,7 +131,11 @@ def test_ceilings_are_those_of_an_independent_count():
 
 BASE = {"examples": "queries+history", "rank": 16, "lr": 5e-3, "epochs": 3, "batch_size": 16, "weight_decay": 0.01}
 PERSONAL = {"rank": 16, "lr": 1e-2, "epochs": 3, "batch_size": 8, "weight_decay": 0.0, "target_modules": ALL}
-TUNED = {"LaMP_2M": ({}, {}), "LaMP_3": ({}, {})}
+TUNED = {
+    "LaMP_2M": ({}, {}),
+    "LaMP_3": ({}, {}),
+    "LaMP_7": ({"epochs": 6, "max_items": 10}, {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
+}
 """Per task what differs from BASE and PERSONAL."""
 
 
