@@ -10,7 +10,7 @@ demo: install
 	@$(ACTIVATE) oppu show
 
 test: install
-	$(ACTIVATE) python -m pytest
+	$(ACTIVATE) python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # After a crash or SIGKILL: release the lock and go on; what is finished is kept. ARGS go to both commands.
 resume:
