@@ -130,12 +130,13 @@ def _tweeted(draw: random.Random, topic: int, value: int) -> Made:
 
 
 def _cited(draw: random.Random, topic: int, value: int) -> Made:
-    title, first = _text(draw, 2 * topic, 0, 3), draw.randrange(2)
-    subjects = [SUBJECTS[2 * topic + (first + n) % 2].split()[4 * n : 4 * n + 4] for n in range(2)]
-    options = [" ".join(draw.sample(subject, 2)) for subject in subjects]
+    first = draw.randrange(2)
+    title = " ".join(SUBJECTS[2 * topic + n].split()[-1] for n in range(2))
+    subjects = [SUBJECTS[2 * topic + (first + slot) % 2].split() for slot in range(2)]
+    options = [" ".join(words[2 * slot : 2 * slot + 2]) for slot, words in enumerate(subjects)]
     answers = ("[1]", "[2]") if first == 0 else ("[2]", "[1]")
     citation = f"reference: [1] - {options[0]} [2] - {options[1]}\nanswer: {answers[value]}"
-    asked = {"title": title, "option1": options[0], "option2": options[1]}
+    asked = {"title": f"{title} {_text(draw, topic, 0, 2)}", "option1": options[0], "option2": options[1]}
     return Made(topic, {"title": title, "abstract": citation}, asked, answers)
 
 
