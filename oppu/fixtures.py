@@ -6,10 +6,11 @@ it depends on the text *and* on the user, and what can be reached without knowin
 
 - LaMP_2M, LaMP_3: a description (review) is words of its topic among others; the user has a tag (score) per topic.
 - LaMP_7: a tweet is such a text and the closing phrase that the user puts under the topic; the query is the bare text.
-- LaMP_1: a topic is a couple of subjects, of which the user likes one and cites it. A query has an option of each. Its
-  history is plain (title, abstract), learned as text, from which a tiny model learns nothing about choosing. So the
-  abstract carries a citation in the very form of the prompt (`reference: [1] - … [2] - … answer: [2]`): an aid that
-  genuine abstracts do not give. The fixtures test the machinery, not whether prose teaches a choice.
+- LaMP_1: a topic is a couple of subjects, of which the user likes one and cites it. A query has an option of each, [1]
+  and [2] as often. Its history is plain (title, abstract), learned as text, from which a tiny model learns nothing about
+  choosing. So the abstract carries a citation in the form of the prompt's last lines (`reference: [1] - … [2] - …
+  answer: [2]`), and a subject has one phrase as [1] and another as [2], or the tiny model would not find which option
+  is which. Genuine abstracts give no such aids: these fixtures test the machinery, not whether prose teaches a choice.
 """
 
 from __future__ import annotations
@@ -130,12 +131,14 @@ def _tweeted(draw: random.Random, topic: int, value: int) -> Made:
 
 
 def _cited(draw: random.Random, topic: int, value: int) -> Made:
-    title, first = _text(draw, 2 * topic, 0, 3), draw.randrange(2)
-    subjects = [SUBJECTS[2 * topic + (first + n) % 2].split()[4 * n : 4 * n + 4] for n in range(2)]
-    options = [" ".join(draw.sample(subject, 2)) for subject in subjects]
+    """The item's title names the couple; the query's has two words more, so that no query is a history item."""
+    first = draw.randrange(2)
+    title = " ".join(SUBJECTS[2 * topic + n].split()[-1] for n in range(2))
+    subjects = [SUBJECTS[2 * topic + (first + slot) % 2].split() for slot in range(2)]
+    options = [" ".join(words[2 * slot : 2 * slot + 2]) for slot, words in enumerate(subjects)]
     answers = ("[1]", "[2]") if first == 0 else ("[2]", "[1]")
     citation = f"reference: [1] - {options[0]} [2] - {options[1]}\nanswer: {answers[value]}"
-    asked = {"title": title, "option1": options[0], "option2": options[1]}
+    asked = {"title": f"{title} {_text(draw, topic, 0, 2)}", "option1": options[0], "option2": options[1]}
     return Made(topic, {"title": title, "abstract": citation}, asked, answers)
 
 
