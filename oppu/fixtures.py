@@ -7,7 +7,7 @@ it depends on the text *and* on the user, and what can be reached without knowin
 - LaMP_2M, LaMP_3: a description (review) is words of its topic among others; the user has a tag (score) per topic.
 - LaMP_7: a tweet is such a text and the closing phrase that the user puts under the topic; the query is the bare text.
 - LaMP_1: a topic is a couple of subjects, of which the user likes one and cites it. A query has an option of each, [1]
-  and [2] as often. Its history is plain (title, abstract), learned as text, from which a tiny model learns nothing about
+  and [2] as often. Its history is plain (title, abstract), learned as text, from which a tiny model learns nothing of
   choosing. So the abstract carries a citation in the form of the prompt's last lines (`reference: [1] - … [2] - …
   answer: [2]`), and a subject has one phrase as [1] and another as [2], or the tiny model would not find which option
   is which. Genuine abstracts give no such aids: these fixtures test the machinery, not whether prose teaches a choice.
