@@ -13,9 +13,11 @@ if not workflow.overwrite_configfiles:
 
 
 # Under a rate limit, Snakemake 9.27 looks over all ready jobs once more each second for every job that has finished: after
-# 150 of them it took a third of a core. Its default limit of 100 jobs in a second limits nothing here.
-if (limit := workflow.scheduling_settings.max_jobs_per_timespan) and (limit.max_jobs, limit.timespan) == (100, 1):
-    workflow.scheduling_settings.max_jobs_per_timespan = None
+# 150 of them it took a third of a core. Its default limit, 100 jobs in a second, limits nothing here.
+onstart:
+    limiter = getattr(workflow.scheduler, "job_rate_limiter", None)
+    if limiter is not None and limiter.timespan == 1:
+        workflow.scheduler.job_rate_limiter = None
 
 
 include: "workflow/rules/common.smk"
