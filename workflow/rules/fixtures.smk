@@ -8,7 +8,7 @@ rule fixtures_of:
     conda:
         "../../envs/oppu.yaml"
     params:
-        folder=f"{RESULTS}/fixtures",
+        folder=lambda w: f"{RESULTS}/fixtures",
     shell:
         "oppu fixtures {params.folder:q} {wildcards.task:q} > {log:q} 2>&1"
 
