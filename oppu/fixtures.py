@@ -8,9 +8,9 @@ it depends on the text *and* on the user, and what can be reached without knowin
 - LaMP_7: a tweet is such a text and the closing phrase that the user puts under the topic; the query is the bare text.
 - LaMP_1: a topic is a couple of subjects, of which the user likes one and cites it. A query has an option of each, [1]
   and [2] as often. Its history is plain (title, abstract), learned as text, from which a tiny model learns nothing of
-  choosing. So the abstract carries a citation in the form of the prompt's last lines (`reference: [1] - … [2] - …
-  answer: [2]`), and a subject has one phrase as [1] and another as [2], or the tiny model would not find which option
-  is which. Genuine abstracts give no such aids: these fixtures test the machinery, not whether prose teaches a choice.
+  choosing. So the abstract is the task's own prompt with its answer, and a subject has one phrase as [1] and another as
+  [2], or the tiny model would not find which option is which. Genuine abstracts give no such aids: these fixtures test
+  the machinery, not whether prose teaches a choice.
 """
 
 from __future__ import annotations
@@ -100,12 +100,16 @@ class Person:
 
 @dataclass(frozen=True)
 class Form:
-    """How a task's texts are made, the population's value of each topic, and how many of them a test user changes."""
+    """How a task's texts are made, the population's value of each topic, and how many of them a test user changes.
+
+    Every `every`-th base user changes two: where all do, a base has reason to look at what was retrieved.
+    """
 
     make: Callable[[random.Random, int, int], Made]
     values: int
     common: tuple[int, ...]
     own: int
+    every: int = 2
 
 
 def _text(draw: random.Random, subject: int, words: int, fillers: int) -> str:
@@ -131,21 +135,20 @@ def _tweeted(draw: random.Random, topic: int, value: int) -> Made:
 
 
 def _cited(draw: random.Random, topic: int, value: int) -> Made:
-    """The item's title names the couple; the query's has two words more, so that no query is a history item."""
-    first = draw.randrange(2)
-    title = " ".join(SUBJECTS[2 * topic + n].split()[-1] for n in range(2))
+    """All items have one title: what is learned must hang on the options, which are all that a query shares with it."""
+    first, title = draw.randrange(2), "another paper"
     subjects = [SUBJECTS[2 * topic + (first + slot) % 2].split() for slot in range(2)]
     options = [" ".join(words[2 * slot : 2 * slot + 2]) for slot, words in enumerate(subjects)]
     answers = ("[1]", "[2]") if first == 0 else ("[2]", "[1]")
-    citation = f"reference: [1] - {options[0]} [2] - {options[1]}\nanswer: {answers[value]}"
-    asked = {"title": f"{title} {_text(draw, topic, 0, 2)}", "option1": options[0], "option2": options[1]}
+    asked = {"title": _text(draw, topic, 0, 3), "option1": options[0], "option2": options[1]}
+    citation = f"{render(task_named('LaMP_1').prompt, asked | {'title': title})} {answers[value]}"
     return Made(topic, {"title": title, "abstract": citation}, asked, answers)
 
 
 FORMS = {
     "LaMP_1": Form(_cited, 2, (0,) * TOPICS, 2),
-    "LaMP_2M": Form(_tagged, 5, (0, 1, 2, 3, 4), 3),
-    "LaMP_3": Form(_rated, 5, (4, 0, 2, 3, 1), 3),
+    "LaMP_2M": Form(_tagged, 5, (0, 1, 2, 3, 4), 3, every=1),
+    "LaMP_3": Form(_rated, 5, (4, 0, 2, 3, 1), 3, every=1),
     "LaMP_7": Form(_tweeted, 5, (0, 1, 2, 3, 4), 3),
 }
 
@@ -156,7 +159,7 @@ def people(task: str, sizes: Sizes, seed: int) -> tuple[list[Person], list[Perso
         raise InputError([f"fixtures: no task {task!r}; there are {', '.join(FORMS)}"])
     own = FORMS[task].own
     base = [
-        _person(task, f"base-{n:03d}", 2 * (n % 2), sizes.base_items, sizes.base_queries, seed)
+        _person(task, f"base-{n:03d}", 2 * (n % FORMS[task].every == 0), sizes.base_items, sizes.base_queries, seed)
         for n in range(sizes.base_users)
     ]
     test = [_person(task, f"test-{n:03d}", own, sizes.items, sizes.queries, seed) for n in range(sizes.test_users)]

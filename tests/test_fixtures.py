@@ -65,7 +65,7 @@ def about(text):
 def answered(name, item):
     """What an item says about its user, by its own words alone: (what it is about, what the user answers to it)."""
     if name == "LaMP_1":
-        options, answer = item.fields["abstract"].removeprefix("reference: [1] - ").split("\nanswer: ")
+        options, answer = item.fields["abstract"].split("reference: [1] - ")[1].split("\nanswer: ")
         subjects = [about(option) for option in options.split(" [2] - ")]
         return tuple(sorted(subjects)), subjects[int(answer[1]) - 1]
     if name == "LaMP_7":
@@ -132,9 +132,9 @@ def test_ceilings_are_those_of_an_independent_count():
 BASE = {"examples": "queries+history", "rank": 16, "lr": 5e-3, "epochs": 3, "batch_size": 16, "weight_decay": 0.01}
 PERSONAL = {"rank": 16, "lr": 1e-2, "epochs": 3, "batch_size": 8, "weight_decay": 0.0, "target_modules": ALL}
 TUNED = {
-    "LaMP_1": ({}, {"target_modules": ["q_proj", "v_proj"], "lr": 2e-2, "epochs": 4, "batch_size": 4}),
-    "LaMP_2M": ({}, {}),
-    "LaMP_3": ({}, {}),
+    "LaMP_1": ({"max_items": 3}, {"epochs": 8, "batch_size": 4}),
+    "LaMP_2M": ({}, {"epochs": 8, "batch_size": 4}),
+    "LaMP_3": ({}, {"epochs": 8, "batch_size": 4}),
     "LaMP_7": ({"epochs": 6, "max_items": 10}, {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
 }
 """Per task what differs from BASE and PERSONAL."""
@@ -149,20 +149,20 @@ def made_config(name, **personal):
 
 
 class Lab:
-    """One task's fixtures, split, with the base of k0 trained: what the settings of the test are run on."""
+    """One task's fixtures, split, with a base trained: what the settings of the test are run on."""
 
-    def __init__(self, folder, name):
-        self.folder, self.name, config = folder, name, made_config(name)
+    def __init__(self, folder, name, augmentation="k0"):
+        self.folder, self.name, self.augmentation, config = folder, name, augmentation, made_config(name)
         fixtures.write(folder / "raw", name)
         split.run(folder / "raw", name, config.split, folder / "users.json")
-        write_json(folder / "base/recipe.json", base_recipe(config, name, "k0"))
+        write_json(folder / "base/recipe.json", base_recipe(config, name, augmentation))
         base.run(folder / "base/base.json", folder / "base/recipe.json", folder / "base.jsonl")
         self.users = [read_user(path) for path in sorted((folder / "histories").glob("*.json"))]
         self.test = people(name, Sizes(), 0)[1]
         self.golds = {q.id: q.gold for q in lamp.read(folder / "raw", task(name)) if q.source == "dev"}
 
     def cohort(self, peft, **personal):
-        recipe = cell_recipe(made_config(self.name, **personal), self.name, "k0", peft, "full")
+        recipe = cell_recipe(made_config(self.name, **personal), self.name, self.augmentation, peft, "full")
         users = [(user, None, Counter()) for user in self.users]
         return Cohort(recipe, read_json(self.folder / "base/base.json"), self.folder / "base", None, users)
 
@@ -211,20 +211,17 @@ def lab(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", [name for name in TUNED if name != "LaMP_1"])
+@pytest.mark.parametrize("name", TUNED)
 def test_own_adapters_reach_the_ceiling_and_others_adapters_do_not(lab, name):
     made = lab(name)
     check(made.scores(), ceilings(task(name), made.test))
 
 
-def test_citations_learned_as_text_carry_over_to_the_choice_in_part(lab):
-    """In the text's own form the adapters choose right; the tiny model takes about half of it over to the prompt."""
-    made = lab("LaMP_1")
-    scores, known = made.scores(), ceilings(task("LaMP_1"), made.test)
-    values = {name: of["accuracy"] for name, of in (scores | known).items()}
-    assert values["lora"] >= values["none"] + 0.1, values
-    assert values["none"] <= values["unpersonal"] + CHANCE, values
-    assert values["swapped"] <= values["unpersonal"] + CHANCE, values
+def test_retrieval_lies_between_what_needs_no_user_and_what_copying_reaches(tmp_path):
+    made = Lab(tmp_path, "LaMP_2M", "k1")
+    known = ceilings(task("LaMP_2M"), made.test)
+    found = made.score(made.cohort("none"))["accuracy"]
+    assert known["unpersonal"]["accuracy"] + 0.05 < found < known["copy"]["accuracy"] + CHANCE, (found, known)
 
 
 def test_the_check_fails_when_training_is_switched_off(lab):
