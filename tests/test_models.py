@@ -27,7 +27,7 @@ from oppu.attention import check_packing, windows
 from oppu.bank import LoraBank, load_adapter, save_adapter
 from oppu.config import Generation
 from oppu.generation import generate
-from oppu.models import default_targets, load_base, load_model
+from oppu.models import default_targets, load_base, load_model, load_tokenizer
 from oppu.records import InputError
 from oppu.rows import Example, plan
 from oppu.training import train
@@ -202,3 +202,25 @@ def test_files_of_a_gpt2_adapter_have_pefts_shapes(tmp_path: Path) -> None:
     save_adapter(tmp_path, LoraBank(model, settings(), 1, 0), 0, "base")
     shapes = {tuple(t.shape) for t in load_file(tmp_path / "adapter_model.safetensors").values()}
     assert shapes == {(4, 32), (96, 4)}
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_file_alone_is_read_as_sentencepiece_does(tmp_path):
+    """Vicuna v1.5 has no tokenizer.json."""
+    import sentencepiece
+
+    texts = [f"the {word} voted on law number {n}" for n, word in enumerate(["senate", "house", "court"] * 40)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    kind = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(kind | {"add_bos_token": True, "legacy": False}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("the senate voted", "braces {prompt}", "law number 12"):
+        assert tokenizer(text)["input_ids"] == [tokenizer.bos_token_id, *own.encode(text)]
