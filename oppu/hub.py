@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -15,6 +16,9 @@ from huggingface_hub.errors import (
 
 # Else transformers may ask the hub for a bot's conversion, whose commit is not the pinned one.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+# Some versions of transformers ask side questions without the token they were given, and would send a stored login.
+constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
 
 
 def token() -> str | bool:
