@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from oppu import recipe as keys
+from oppu.config import CONTROLS
 from oppu.files import (
     digest,
     file_digest,
@@ -130,15 +132,17 @@ def open_cell(
     manifest: dict[str, Any],
     pool: str | None,
     source: Path,
+    lent: str | None,
     profiles: Path | None = None,
 ) -> Cell:
     """A user's cell with the keys its artefacts should have.
 
-    `source` is `source_of` the user, `profiles` the task's folder of profiles.
+    `source` is `source_of` the user, `lent` the digest of its adapter where the cell does not train it, `profiles` the
+    task's folder of profiles.
     """
     profile = profile_of(recipe, user, profiles)
     wanted: dict[str, str] = {}
-    adapter = None if recipe["peft"] in {"none", "lora"} else borrowed(source)
+    adapter = lent
     if recipe["peft"] == "lora":
         adapter = wanted["adapter"] = keys.adapter_key(recipe, manifest, user, profile, pool)
     wanted["predictions"] = keys.predictions_key(recipe, manifest, user, profile, pool, adapter)
@@ -185,6 +189,7 @@ def run(
     setting = recipe.parent
     names = [path.stem for path in histories]
     everyone = read_users(users) if users else names
+    lend = cache(borrowed)  # pooled: one adapter for all
     failed: dict[str, str] = {}
     with held(setting, names):
         pool = pool_of(base_users, values)
@@ -193,8 +198,9 @@ def run(
         for path in histories:
             try:
                 source = source_of(setting, values["peft"], path.stem, everyone)
+                lent = lend(source) if values["peft"] in CONTROLS else None
                 folder = setting / "users" / path.stem
-                cells.append(open_cell(folder, read_user(path), values, manifest, pool_key, source, profiles))
+                cells.append(open_cell(folder, read_user(path), values, manifest, pool_key, source, lent, profiles))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 failed[path.stem] = f"{path}: {error or type(error).__name__}"
         stale = [cell for cell in cells if cell.stale]
@@ -228,8 +234,8 @@ def _make(
     failed: dict[str, str] = {}
     todo = [cell for cell in stale if "adapter" in cell.keys and not cell.fresh("adapter")]
     if values["peft"] != "none":
-        for cell in (cell for cell in stale if cell not in todo):
-            cohort.load(cell.user.key, cell.source / "adapter")
+        for source, user in {cell.source: cell.user.key for cell in stale if cell not in todo}.items():
+            cohort.load(user, source / "adapter")
     by_key = {cell.user.key: cell for cell in todo}
 
     def finished(key: str) -> None:

@@ -16,6 +16,7 @@ PANEL = "What the workflow calls"
 
 TaskName = Annotated[str, typer.Option("--task", help="name of the task, e.g. LaMP_2N")]
 BaseUsers = Annotated[Path, typer.Option("--base-users", help="base users' histories and queries: split/base.jsonl")]
+Base = Annotated[Path, typer.Option("--base", help="base.json of the setting's base")]
 Recipe = Annotated[Path, typer.Option("--recipe", help="recipe.json: every setting that decides the result")]
 Mended = Annotated[str, typer.Option("--mended", help="kept in the output for Snakemake; changes nothing")]
 Profiles = Annotated[
@@ -90,7 +91,7 @@ def cells(
     stamp: Annotated[Path, typer.Argument(help="written last, and only if every user succeeded")],
     histories: Histories,
     recipe: Recipe,
-    base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
+    base: Base,
     base_users: BaseUsers,
     mended: Mended = "-",
     profiles: Profiles = None,
@@ -107,7 +108,7 @@ def pooled(
     out: Annotated[Path, typer.Argument(help="pooled.json; adapter/ and cell.json stand beside it")],
     histories: Histories,
     recipe: Recipe,
-    base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
+    base: Base,
     mended: Mended = "-",
     profiles: Profiles = None,
 ) -> None:
@@ -199,7 +200,7 @@ def tune(
     out: Annotated[Path, typer.Argument(help="tune.csv")],
     histories: Histories,
     recipe: Recipe,
-    base: Annotated[Path, typer.Option("--base", help="base.json of the setting's base")],
+    base: Base,
     base_users: BaseUsers,
     queries: Annotated[Path, typer.Option(help="queries.parquet")],
     lr: Annotated[str, typer.Option(help="learning rates, with spaces between them")],

@@ -13,6 +13,8 @@ from oppu.tasks import Closed, tasks
 
 AUGMENTATION = re.compile(r"(?P<profile>profile-)?(?:(?P<other>recency|dense)-(?=k[1-9]))?k(?P<k>\d+)|random")
 AUGMENTATIONS = "k0, k1, …, random, profile-k0, profile-k1, …, recency-k1, …, dense-k1, …"
+CONTROLS = ("pooled", "swapped")
+"""PEFT words of adapters that are not the user's own: one trained on all test users' histories, and another user's."""
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Literal
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -21,7 +22,7 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
 
 
-def token() -> str | bool:
+def token() -> str | Literal[False]:
     """HF_TOKEN's value, or False: no token, and none is looked for elsewhere."""
     return os.environ.get("HF_TOKEN") or False
 

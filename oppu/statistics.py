@@ -54,6 +54,8 @@ def model_lengths(path: str, revision: str | None = None) -> Lengths:
     """How many tokens a model's tokenizer makes of each text. Needs no torch where there is a tokenizer.json."""
     from tokenizers import Tokenizer
 
+    from oppu.hub import token
+
     local = Path(path) / "tokenizer.json"
     if Path(path).is_dir() and not local.exists():
         from oppu.models import load_tokenizer
@@ -62,7 +64,11 @@ def model_lengths(path: str, revision: str | None = None) -> Lengths:
         return lambda texts: [len(ids) for ids in slow(list(texts), add_special_tokens=False)["input_ids"]]
     try:
         found = local.exists()
-        fast = Tokenizer.from_file(str(local)) if found else Tokenizer.from_pretrained(path, revision or "main")
+        fast = (
+            Tokenizer.from_file(str(local))
+            if found
+            else Tokenizer.from_pretrained(path, revision or "main", token() or None)
+        )
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError([f"model {path!r}: no tokenizer could be loaded: {error}"]) from error
     fast.no_truncation()

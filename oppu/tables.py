@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from oppu.boards import Board, Bootstrap, References, Setting, boards
+from oppu.config import CONTROLS
 from oppu.files import write_bytes
 from oppu.records import User
 from oppu.significance import ALPHA, TESTS, Difference, Estimate, holm
@@ -48,8 +49,6 @@ SCHEMAS: dict[str, Any] = {
     "versus.csv": VERSUS,
     "seeds.csv": SEEDS,
 }
-CONTROLS = ("pooled", "swapped")
-"""Adapters that are not the user's own: one trained on all test users' histories, and another user's."""
 
 
 def scores_table(boards: Iterable[Board], test: str = "bootstrap") -> pl.DataFrame:

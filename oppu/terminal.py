@@ -9,10 +9,11 @@ from typing import Any
 
 import polars as pl
 
+from oppu.config import CONTROLS
 from oppu.metrics import better, columns
 from oppu.significance import TESTS
 from oppu.table1 import number
-from oppu.tables import CONTROLS, augmentation_order, read_csv
+from oppu.tables import augmentation_order, read_csv
 from oppu.tasks import Task, tasks
 
 FIRST, WIDE, WIDTH = 12, 28, 100

@@ -152,6 +152,21 @@ def test_a_failing_user_fails_again_and_never_leaves_old_scores(project: Project
     assert NOTHING in project.run()
 
 
+def test_a_cell_whose_cohort_failed_is_never_done(project: Project) -> None:
+    user = project.users()[0]
+    target = f"results/{SETTINGS[1]}/users/{user}/predictions.jsonl"
+    project.run(target)
+    project.config["task_personal"] = {"LaMP_2N": {"lr": 1e-3}}
+    record = project.folder / f"results/{SETTINGS[1]}/users/{user}/cell.json"
+    record.unlink()
+    record.mkdir()
+    for _ in range(2):
+        assert NOTHING not in project.run(target, ok=False)
+    record.rmdir()
+    project.run(target)
+    assert NOTHING in project.run(target)
+
+
 def test_a_comment_in_the_package_or_another_cohort_size_trains_nothing(project: Project) -> None:
     before = project.cells()
     project.config["users_per_job"] = 1

@@ -70,10 +70,13 @@ rule pooled:
 
 
 # One cell by name: a cohort of one. This job only stamps, it cannot fail halfway; update() keeps Snakemake from
-# deleting the file first. The profile and what it is made from are inputs too: else a failed one leaves old answers.
+# deleting the file first. What the cell and its profile are made from are inputs too: else a failed job leaves old answers.
 rule cell:
     input:
         f"{SETTING}/cohorts/{{user}}.json",
+        history=lambda w: histories(w.task, {w.user} & set(users(w.task))),
+        base=f"{BASE}/base.json",
+        recipe=f"{SETTING}/recipe.json",
         profile=lambda w: profile_stamp(w, f"cohorts/{w.user}"),
         own=lambda w: profile_sources(w.task, w.augmentation, [w.user]),
     output:
