@@ -171,7 +171,7 @@ class _Steps:
         flops = hours = disk = None
         if self.shape is not None:
             size = self.shape.adapter(lora)
-            flops = self.shape.training(work.computed, work.pairs, work.labels, size)
+            flops = self.shape.training(work.packed, work.pairs, work.labels, size)
             hours, disk = self.gpu.hours(flops), float(adapters * size * TRAINED)
         return Step(self.task.name, step, setting, jobs, work.examples, work.tokens, work.packed, flops, hours, disk)
 
@@ -189,7 +189,7 @@ class _Steps:
         """FLOPs and hours of reading prompts and writing answers of full length; each token reads all weights."""
         if shape is None:
             return None, None
-        read = shape.forward(work.computed, work.pairs, work.labels)
+        read = shape.forward(work.packed, work.pairs, work.labels)
         new = work.examples * (answer - 1)
         wrote = shape.forward(new, answer * work.tokens + new * answer / 2, new)
         weights = batches * answer * shape.parameters * BYTES[dtype]
@@ -203,7 +203,7 @@ class _Steps:
             return Step(task.name, "profiles", "extractive", 0, users, 0, 0, 0.0, 0.0, 0.0)
         length = settings.history_tokens + len(task.profile_prompt.split()) * self.task.per_token
         tokens = users * length
-        work = Work(users, tokens, tokens, tokens, tokens * length, users)
+        work = Work(users, tokens, tokens, tokens * length, users)
         shape, _ = shape_of(settings.path or "", settings.revision)
         batches = -(-tokens // settings.tokens_per_batch)
         flops, hours = self._generated(shape, work, settings.max_new_tokens, batches, settings.dtype)
@@ -243,7 +243,7 @@ def _sum(values: Sequence[float | None]) -> float | None:
 def _assumptions(config: Config, gpu: Gpu, limit: int) -> list[str]:
     notes = [
         f"a step with over {limit} examples is counted on about so many of them, of users spread evenly",
-        "tokens: every example by itself; packed: the beginning that a user's prompts of a step share once per row",
+        "tokens: every example by itself; packed: the beginning that a user's prompts of a step share once per pass",
         "FLOPs of training: 4 per parameter and packed token (frozen weights get no gradient), attention 12 per pair of"
         " tokens, layer and width; of prediction: 2 and 4, answers of full length",
         f"hours: {gpu.tflops:g} TFLOP/s in {config.model.dtype} at {gpu.utilisation:.0%}; writing answers reads all"

@@ -13,7 +13,7 @@ from oppu.profiles import extractive
 from oppu.prompts import Tokenizer
 from oppu.records import User
 from oppu.retrieval import Search
-from oppu.rows import Chunk, Example, fill_rows, micro_batches, next_batch, padded_width, plan, row_length
+from oppu.rows import Chunk, Example, next_batch, passes, plan
 from oppu.seeds import seed_text
 from oppu.tasks import task as task_named
 
@@ -31,11 +31,9 @@ class Work:
     tokens: float = 0
     """Each example by itself."""
     packed: float = 0
-    """A prompt's beginning that a user's examples of a step share, once per row."""
-    computed: float = 0
-    """Packed, and padding."""
+    """A prompt's beginning that a user's examples of a step share, once per pass: what the model runs on."""
     pairs: float = 0
-    """Pairs of tokens in attention: rows * width^2."""
+    """Pairs of tokens in attention: every token of an example with all of it."""
     labels: float = 0
     """Places at which the head runs."""
 
@@ -46,7 +44,6 @@ class Work:
             examples=self.examples * count,
             tokens=self.tokens * each,
             packed=self.packed * each,
-            computed=self.computed * each,
             pairs=self.pairs * each * tokens,
             labels=self.labels * each,
         )
@@ -65,10 +62,11 @@ def training_work(examples: Sequence[Sequence[Example]], plans: Sequence[list[li
             step = plans[user][len(plans[user]) - left[user]]
             chunks[user] = Chunk(user, tuple(examples[user][n] for n in step))
         batch = next_batch(chunks, left, budget)
-        for rows in micro_batches(fill_rows(batch), budget):
-            width = padded_width(rows)
-            packed = sum(map(row_length, rows))
-            work += Work(packed=packed, computed=len(rows) * width, pairs=len(rows) * width**2)
+        for piece in (piece for pieces in passes(batch, budget) for piece in pieces):
+            chunk = batch[piece.chunk]
+            items = [len(chunk.examples[n]) for n in piece.items]
+            pairs = chunk.prefix**2 + sum((n - chunk.prefix) * n for n in items)
+            work += Work(packed=piece.tokens, pairs=pairs)
         for chunk in batch:
             work += Work(len(chunk.examples), sum(map(len, chunk.examples)), labels=chunk.labels)
             del chunks[chunk.user]
@@ -136,7 +134,7 @@ class Task:
         """Training all test users' adapters of an augmentation, or the one that they share (section 2.3)."""
         lora, context = self.config.lora(self.name), self._context(augmentation)
         chosen, most = self.data.test, lora.max_items
-        if self.items(chosen, lora) > self.limit:  # several users still: their steps fill rows together
+        if self.items(chosen, lora) > self.limit:  # several users still: their steps fill passes together
             chosen, batch = spread(chosen, lambda _: 1, USERS), int(lora.batch_size or 1)
             whole_steps = max(self.limit // len(chosen) // batch, 1) * batch
             most = min(whole_steps, lora.max_items or whole_steps)
@@ -174,5 +172,5 @@ class Task:
             profile, answer = self._profile(augmentation, user), int(self.answer / self.per_token)
             for *_, tokens in query_prompts(context, user, profile, answer, Counter()):
                 n = len(tokens)
-                work += Work(1, n, n, n, n * n, 1 / self.per_token)
+                work += Work(1, n, n, n * n, 1 / self.per_token)
         return work.times(self.data.queries / max(work.examples, 1), self.per_token)

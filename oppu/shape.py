@@ -45,7 +45,7 @@ class Shape:
     def forward(self, tokens: float, pairs: float, logits: float) -> float:
         """FLOPs of a forward pass: 2 per parameter and token, 4 per pair of tokens in attention, layer and width.
 
-        `pairs` counts query and key tokens as computed (rows * width^2 under a mask); the head runs at `logits` places.
+        `pairs` counts pairs of a query and a key token, masked ones too; the head runs at `logits` places.
         """
         return 2 * self.body * tokens + 4 * self.layers * self.width * pairs + 2 * self.head * logits
 

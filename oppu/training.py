@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from torch.optim import AdamW
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from oppu.attention import attention_mask, check_packing
+from oppu.attention import attention_over, takes_blocks
 from oppu.bank import LoraBank
 from oppu.config import Lora
 from oppu.models import head_at
 from oppu.packing import assemble
-from oppu.rows import WIDTH, Chunk, Example, fill_rows, micro_batches, next_batch, step_seed
+from oppu.rows import Chunk, Example, next_batch, passes, step_seed
 
 Progress = Callable[[int, int, int], None]
 """Called after every pass with (user steps done, user steps in all, example tokens trained on)."""
@@ -46,7 +46,6 @@ def train(
     accelerator: Accelerator,
     progress: Progress | None = None,
     seeds: Sequence[int] | None = None,
-    width: int = WIDTH,
     finished: Callable[[int], None] | None = None,
 ) -> list[Trained]:
     """Train user u's adapter on `examples[u]` by `plans[u]`, for all users of the bank.
@@ -65,7 +64,7 @@ def train(
         raise ValueError("train: mixed precision fp16 is not supported; use bf16 or no")
     if not len(bank) == len(examples) == len(plans):
         raise ValueError(f"train: {len(bank)} adapters, {len(examples)} example lists, {len(plans)} plans")
-    check_packing(model)
+    blocks = takes_blocks(model)
     parameters = [bank.parameter(user) for user in range(len(bank))]
     optimisers = [AdamW([p], lr=lora.lr, weight_decay=lora.weight_decay) for p in parameters]
     schedules = [
@@ -88,10 +87,10 @@ def train(
         for chunk in batch:
             del chunks[chunk.user]
 
-        results = gradients(model, bank, batch, lora, accelerator, width)
+        results = gradients(model, bank, batch, lora, accelerator, blocks)
         if len(batch) > 1 and not all(map(_finite, results)):
             # What is not finite spreads within a row (0 * NaN in attention), so all are done again, each alone.
-            results = [gradients(model, bank, [chunk], lora, accelerator, width)[0] for chunk in batch]
+            results = [gradients(model, bank, [chunk], lora, accelerator, blocks)[0] for chunk in batch]
 
         for chunk, result in zip(batch, results, strict=True):
             user = chunk.user
@@ -135,17 +134,17 @@ def gradients(
     chunks: Sequence[Chunk],
     lora: Lora,
     accelerator: Accelerator,
-    width: int = WIDTH,
+    blocks: bool = True,
 ) -> list[Result]:
     """Forward and backward of one step of these (distinct) users, in as many passes as the token budget asks for."""
     device = bank.weights.device
     losses = torch.zeros(len(chunks), dtype=torch.float64, device=device)
     bank.grads.clear()
-    for rows in micro_batches(fill_rows(chunks, width), lora.tokens_per_batch):
-        packed = assemble(chunks, rows).to(device)
+    for pieces in passes(chunks, lora.tokens_per_batch):
+        packed = assemble(chunks, pieces).to(device)
         keys = packed.dropout_keys() if bank.dropout else None
-        mask = attention_mask(model, packed)
-        with bank.use(packed.users, packed.ends, keys), head_at(model, packed.positions):
+        users = bank.use(packed.users, packed.ends, keys)
+        with users, head_at(model, packed.positions), attention_over(model, packed, blocks) as mask:
             with accelerator.autocast():
                 logits = model(
                     input_ids=packed.input_ids,

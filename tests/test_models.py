@@ -23,7 +23,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from oppu.attention import check_packing, windows
+from oppu.attention import takes_blocks, windows
 from oppu.bank import LoraBank, load_adapter, save_adapter
 from oppu.config import Generation
 from oppu.generation import generate
@@ -167,15 +167,17 @@ def test_models_that_packed_rows_would_train_wrong_are_refused() -> None:
     hybrid = Qwen3NextConfig(**small, num_hidden_layers=2, num_attention_heads=2, num_experts=2, intermediate_size=32)
     for config, why in ((neo, "local windows"), (bloom, "place in the row"), (hybrid, "linear_attention")):
         with pytest.raises(InputError, match=why):
-            check_packing(AutoModelForCausalLM.from_config(config))
+            takes_blocks(AutoModelForCausalLM.from_config(config))
     with pytest.raises(InputError, match="OneMask takes no mask per kind of layer"):
-        check_packing(OneMask(CONFIGS["gemma3-window"]))
+        takes_blocks(OneMask(CONFIGS["gemma3-window"]))
     bank = LoraBank(tiny_llama(config=neo), settings(), 1, 0)
     with pytest.raises(InputError, match="GPTNeoForCausalLM counts its local windows"):
         train(tiny_llama(config=neo), bank, [[Example((1,), (2,))]], [[[0]]], settings(), Accelerator(cpu=True))
+    codegen = CodeGenConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    assert not takes_blocks(tiny_llama(config=codegen)), "its attention is its own: one mask for the whole line"
     for name, config in CONFIGS.items():
         model = tiny_llama(config=config)
-        check_packing(model)
+        assert takes_blocks(model)
         assert (WINDOW in windows(model).values()) == name.endswith("window")
 
 
