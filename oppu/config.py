@@ -216,6 +216,7 @@ class Profiles(Closed):
 class Tune(Closed):
     """The grid of `snakemake tune` (held-out base users; never test users)."""
 
+    peft: Literal["lora", "ia3", "prompt"] = Field("lora", description="the kind of adapter that is tried")
     lr: list[float] = Field([], description="personal learning rates to try")
     epochs: list[int] = Field([], description="personal epochs to try")
 
