@@ -5,7 +5,7 @@
 * authors: the released code's way, with its data leak repaired: a Trainer per user, fp32, gradient checkpointing
 * trainer: a Trainer per user at its fair best: one model load, no checkpointing, no logging or saving
 * plain: a PEFT loop per user, in the same order of data as ours: its adapters are compared with ours
-* ours: all users together; `--without` names optimisations to take away one at a time, which shows the share of each
+* ours: all users together; `--without` takes optimisations away one at a time, `--with` adds what is off by default
 
 All sides train the same made-up users (Table 5's lengths) on the same random-weight model for the same number of
 optimiser steps. `useful` in the JSON is what must be computed at least: 4 FLOPs per body parameter and token, each
@@ -33,7 +33,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from oppu import training
 from oppu.bank import LoraBank
 from oppu.config import Lora
-from oppu.rows import Chunk, Example, plan
+from oppu.models import freeze
+from oppu.rows import Chunk, Example, Piece, passes, plan
 from oppu.training import train
 
 Users = Sequence[Sequence[Example]]
@@ -136,29 +137,43 @@ def whole_head(model: PreTrainedModel, positions: torch.Tensor) -> Iterator[None
         handle.remove()
 
 
-def no_prefix() -> Any:
-    """Nothing shared: every example carries its whole prompt."""
-    return mock.patch.object(Chunk, "prefix", 0)
-
-
-def no_label_head() -> Any:
-    """The LM head at every position."""
-    return mock.patch.object(training, "head_at", whole_head)
+@contextlib.contextmanager
+def compiled(model: PreTrainedModel) -> Iterator[None]:
+    """The layers' MLPs and norms through torch.compile: what the adapters' hooks leave whole."""
+    chosen = [m for n, m in model.named_modules() if n.endswith(("mlp", "norm", "layernorm"))]
+    try:
+        for module in chosen:
+            module.compile(dynamic=True)
+        yield
+    finally:
+        for module in chosen:
+            module._compiled_call_impl = None
 
 
 WITHOUT: dict[str, Callable[[], Any]] = {
-    "batching": contextlib.nullcontext,
-    "prefix": no_prefix,
-    "head": no_label_head,
+    "batching": contextlib.nullcontext,  # each user alone, one after the other
+    "packing": lambda: mock.patch.object(training, "passes", each_alone),  # each user's step a pass of its own
+    "prefix": lambda: mock.patch.object(Chunk, "prefix", 0),  # every example carries its whole prompt
+    "head": lambda: mock.patch.object(training, "head_at", whole_head),  # the LM head at every position
+    "attention": lambda: mock.patch.object(training, "takes_blocks", lambda _: False),  # one mask for the whole line
 }
+WITH = ("checkpointing", "compile", "bfloat16")
 
 
-def ours_run(model: PreTrainedModel, users: Users, plans: Plans, lora: Lora, without: str = "") -> LoraBank:
-    """Our trainer; the bank with everybody's adapters. Without `batching` each user is trained alone."""
+def each_alone(chunks: Sequence[Chunk], budget: int) -> list[list[Piece]]:
+    """No two users in one pass."""
+    return [[piece] for pieces in passes(chunks, budget) for piece in pieces]
+
+
+def ours_run(model: PreTrainedModel, users: Users, plans: Plans, lora: Lora, change: str = "") -> LoraBank:
+    """Our trainer, with one optimisation taken away or added; the bank with everybody's adapters."""
     accelerator = Accelerator()
+    if change == "bfloat16":
+        model = freeze(copy.deepcopy(model).to(torch.bfloat16))
     bank = LoraBank(model, lora, len(users), seed=0)
-    with WITHOUT.get(without, contextlib.nullcontext)():
-        if without == "batching":
+    added = {"compile": compiled, "checkpointing": checkpointed}.get(change, lambda _: contextlib.nullcontext())
+    with WITHOUT.get(change, contextlib.nullcontext)(), added(model):
+        if change == "batching":
             for user, steps in enumerate(plans):
                 train(model, bank, users, [steps if u == user else [] for u in range(len(users))], lora, accelerator)
         else:
@@ -194,6 +209,9 @@ def main() -> None:
     add("--tokens", type=int, default=8192, help="our token budget of one pass (8192)")
     add("--sides", nargs="*", default=["authors", "trainer", "plain"], choices=["authors", "trainer", "plain"])
     add("--without", nargs="*", default=[], choices=list(WITHOUT), help="ours less an optimisation, each a side")
+    add(
+        "--with", dest="more", nargs="*", default=[], choices=WITH, help="ours with what is off by default, each a side"
+    )
     options: argparse.Namespace = arguments.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -222,8 +240,9 @@ def main() -> None:
         sides["trainer"] = lambda: trainer_run(tuned, start, users, lora, checkpointing=False)
     if "plain" in options.sides:
         sides["plain"] = lambda: results.update(plain=plain_run(tuned, start, users, plans, lora))
-    for name in options.without:
-        sides[f"ours without {name}"] = lambda name=name: ours_run(model, users, plans, lora, name)
+    for word, names in (("without", options.without), ("with", options.more)):
+        for name in names:
+            sides[f"ours {word} {name}"] = lambda name=name: ours_run(model, users, plans, lora, name)
     sides["ours"] = lambda: results.update(ours=ours_run(model, users, plans, lora))
 
     tokens = sum(len(users[u][n]) for u, steps in enumerate(plans) for step in steps for n in step)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from oppu import recipe as keys
-from oppu.config import CONTROLS
+from oppu.config import CONTROLS, OWN
 from oppu.files import (
     digest,
     file_digest,
@@ -102,8 +102,8 @@ def pool_of(base_users: Path, recipe: dict[str, Any]) -> list[Item] | None:
 def source_of(setting: Path, peft: str, user: str, users: Sequence[str]) -> Path:
     """The folder whose adapter/ answers a user's queries in a setting; `users` are all test users of the task.
 
-    `lora`: the user's own cell. `pooled`: the setting. `swapped`: the lora cell of the next user in the order of the
-    keys, which are hashes: each user lends one adapter and borrows one.
+    A kind of its own: the user's cell. `pooled`: the setting. `swapped`: the lora cell of the next user in the order of
+    the keys, which are hashes: each user lends one adapter and borrows one.
     """
     if peft == "pooled":
         return setting
@@ -143,7 +143,7 @@ def open_cell(
     profile = profile_of(recipe, user, profiles)
     wanted: dict[str, str] = {}
     adapter = lent
-    if recipe["peft"] == "lora":
+    if recipe["peft"] in OWN:
         adapter = wanted["adapter"] = keys.adapter_key(recipe, manifest, user, profile, pool)
     wanted["predictions"] = keys.predictions_key(recipe, manifest, user, profile, pool, adapter)
     record = read_record(folder) | {name: recipe[name] for name in ("augmentation", "peft", "history")}

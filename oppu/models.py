@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -127,13 +131,37 @@ def default_targets(model: PreTrainedModel) -> list[str]:
     Where it has no `q_proj` and `v_proj`, PEFT's table says what holds them (`c_attn` in GPT-2). Raises InputError
     with the names there are where the table does not know the architecture.
     """
+    table = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return _known(model, ["q_proj", "v_proj"], table, "query and value projections")
+
+
+def ia3_targets(
+    model: PreTrainedModel, targets: list[str] | None = None, feedforward: list[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """The layers that (IA)3 scales, and those of them whose input is scaled; both sorted.
+
+    Where none are named: `k_proj`, `v_proj` and `down_proj`, or what PEFT's table has for this architecture; inputs are
+    scaled in `down_proj`, or by PEFT's table. InputError where neither knows, or an input's layer is no target.
+    """
+    table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    targets = targets or _known(model, ["k_proj", "v_proj", "down_proj"], table, "keys, values and feedforward layers")
+    if feedforward is None:
+        kind = model.config.get_text_config().model_type
+        usual = {"down_proj", *TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])}
+        feedforward = sorted(usual & set(targets))
+    if other := sorted(set(feedforward) - set(targets)):
+        raise InputError([f"feedforward_modules: {', '.join(other)} must stand in target_modules too: {targets}"])
+    return sorted(targets), sorted(feedforward)
+
+
+def _known(model: PreTrainedModel, usual: list[str], table: dict[str, Any], what: str) -> list[str]:
     modules = dict(model.named_modules())
     kind = model.config.get_text_config().model_type
-    for names in (["q_proj", "v_proj"], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)):
+    for names in (usual, table.get(kind)):
         if isinstance(names, list) and all(any(m.endswith(f".{n}") for m in modules) for n in names):
             return names
     found = _linear_names(modules)
-    raise InputError([f"target_modules: query and value projections of a {kind} are not known; name some of {found}"])
+    raise InputError([f"target_modules: {what} of a {kind} are not known; name some of {found}"])
 
 
 def target_linears(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from oppu.config import Config, load, parse_augmentation
+from oppu.config import OWN, Config, Training, load, parse_augmentation
 from oppu.plan_counts import Task, Work
 from oppu.plan_data import PAPER_USERS, data_of, tokenizer_of
 from oppu.recipe import seeded
@@ -161,13 +161,13 @@ class _Steps:
             yield self._trained("base", augmentation, 1, base(seeded(augmentation)[0]), lora, 1)
         for augmentation, peft, history in config.settings:
             setting, what = f"{augmentation}/{peft}/{history}", seeded(augmentation)[0]
-            if peft in ("lora", "pooled"):
-                shared = peft == "pooled"
-                jobs, adapters = (1, 1) if shared else (cohorts, self.users)
-                yield self._trained("personal", setting, jobs, personal(what, shared), config.lora(name), adapters)
-            yield self._predicted(setting, cohorts, prompts(what))
+            if peft in (*OWN, "pooled"):
+                jobs, adapters = (1, 1) if peft == "pooled" else (cohorts, self.users)
+                training = config.training(peft, name)
+                yield self._trained("personal", setting, jobs, personal(what, peft), training, adapters)
+            yield self._predicted(setting, cohorts, prompts(what, peft if peft == "prompt" else "none"))
 
-    def _trained(self, step: str, setting: str, jobs: int, work: Work, lora: Any, adapters: int) -> Step:
+    def _trained(self, step: str, setting: str, jobs: int, work: Work, lora: Training, adapters: int) -> Step:
         flops = hours = disk = None
         if self.shape is not None:
             size = self.shape.adapter(lora)
@@ -218,7 +218,8 @@ def _memory(config: Config, name: str, shape: Shape, users: int) -> float:
     lora = config.lora(name)
     dtype = BYTES[config.model.dtype]
     weights = shape.parameters * BYTES[config.model.quantization or config.model.dtype]
-    cohort = min(users, config.users_per_job) * shape.adapter(lora) * TRAINED * 4
+    kinds = [config.training(peft, name) for peft in config.peft if peft in OWN] or [lora]
+    cohort = min(users, config.users_per_job) * max(map(shape.adapter, kinds)) * TRAINED * 4
     token = shape.layers * (16 * shape.hidden + 4 * shape.intermediate) * dtype
     return weights + cohort + lora.tokens_per_batch * token
 

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
-from oppu.config import Config, Lora, parse_augmentation
+from oppu.config import Config, PromptTraining, Training, parse_augmentation
 from oppu.examples import Context, history_examples, query_examples, query_prompts
 from oppu.plan_data import Data, spread
 from oppu.profiles import extractive
 from oppu.prompts import Tokenizer
 from oppu.records import User
 from oppu.retrieval import Search
-from oppu.rows import Chunk, Example, next_batch, passes, plan
+from oppu.rows import Chunk, Example, next_batch, passes, plan, virtual
 from oppu.seeds import seed_text
 from oppu.tasks import task as task_named
 
@@ -87,7 +87,7 @@ class Task:
     """Tokens that each of the tokenizer's stands for."""
     limit: int
 
-    def _context(self, augmentation: str) -> Context:
+    def _context(self, augmentation: str, peft: str = "none") -> Context:
         what = parse_augmentation(augmentation)
         if what.retriever == "dense":  # an encoder would have to run; BM25's items are about as long
             what = replace(what, retriever="bm25")
@@ -95,7 +95,10 @@ class Task:
         pool = None if own else [item for user in self.data.base for item in user.history]
         room = int(self.config.model.max_length / self.per_token)
         search = Search(self.config.retrieval.query)
-        return Context(task_named(self.name), what, self.tokenizer, 0, room, self.config.seed, pool, search)
+        training = self.config.training(peft, self.name)
+        count = training.virtual_tokens if isinstance(training, PromptTraining) else 0
+        lead = virtual(round(count / self.per_token))
+        return Context(task_named(self.name), what, self.tokenizer, 0, room, self.config.seed, pool, search, lead)
 
     def _profile(self, augmentation: str, user: User) -> str | None:
         if not parse_augmentation(augmentation).profile:
@@ -104,7 +107,7 @@ class Task:
             return " ".join(["word"] * int(self.config.profiles.max_new_tokens / self.per_token))
         return extractive(task_named(self.name), user.history)
 
-    def items(self, users: Sequence[User], lora: Lora) -> int:
+    def items(self, users: Sequence[User], lora: Training) -> int:
         """History items of these users that one epoch trains on."""
         return sum(min(len(user.history), lora.max_items or len(user.history)) for user in users)
 
@@ -130,9 +133,9 @@ class Task:
         counted = sum(size(user, most) for user in chosen)
         return work.times(self.data.base_times * sum(map(size, self.data.base)) / max(counted, 1), self.per_token)
 
-    def personal(self, augmentation: str, pooled: bool = False) -> Work:
+    def personal(self, augmentation: str, peft: str = "lora") -> Work:
         """Training all test users' adapters of an augmentation, or the one that they share (section 2.3)."""
-        lora, context = self.config.lora(self.name), self._context(augmentation)
+        lora, context = self.config.training(peft, self.name), self._context(augmentation, peft)
         chosen, most = self.data.test, lora.max_items
         if self.items(chosen, lora) > self.limit:  # several users still: their steps fill passes together
             chosen, batch = spread(chosen, lambda _: 1, USERS), int(lora.batch_size or 1)
@@ -143,7 +146,7 @@ class Task:
             history_examples(context, user, self._profile(augmentation, user), Counter(), most) for user in chosen
         ]
         names = [user.key for user in chosen]
-        if pooled:
+        if peft == "pooled":
             examples, names = [[example for own in examples for example in own]], ["pooled"]
         orders = [seed_text(self.config.seed, self.name, name, "data order") for name in names]
         work = self._trained(examples, orders, lora)
@@ -151,7 +154,7 @@ class Task:
         times = self.data.test_times * self.items(self.data.test, lora) / max(counted, 1)
         return work.times(times, self.per_token)
 
-    def _trained(self, examples: Sequence[Sequence[Example]], orders: Sequence[str], lora: Lora) -> Work:
+    def _trained(self, examples: Sequence[Sequence[Example]], orders: Sequence[str], lora: Training) -> Work:
         steps = [
             plan(len(own), int(lora.epochs or 0), int(lora.batch_size or 0), order)
             for own, order in zip(examples, orders, strict=True)
@@ -163,9 +166,9 @@ class Task:
         """Tokens of the longest answer."""
         return self.config.generation.max_new_tokens or task_named(self.name).output_tokens
 
-    def prompts(self, augmentation: str) -> Work:
+    def prompts(self, augmentation: str, peft: str = "none") -> Work:
         """Reading the prompts of all queries in one setting, one prompt at a time."""
-        context = self._context(augmentation)
+        context = self._context(augmentation, peft)
         chosen = spread(self.data.test, lambda user: len(user.queries), self.limit)
         work = Work()
         for user in chosen:

@@ -13,15 +13,23 @@ from functools import cached_property
 from typing import NamedTuple
 
 
+def virtual(count: int) -> tuple[int, ...]:
+    """Prompt tuning's virtual tokens, as ids that no vocabulary has: -count, …, -1."""
+    return tuple(range(-count, 0))
+
+
 @dataclass(frozen=True)
 class Example:
-    """What is learned: the target's tokens (end-of-text token included) after the prompt's; loss on the target only."""
+    """What is learned: the target's tokens (end-of-text token included) after the prompt's; loss on the target only.
+
+    A prompt may begin with virtual tokens: as the first part of what all prompts share, they are laid out with it.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.prompt or not self.target:
+        if not self.prompt or self.prompt[-1] < 0 or not self.target:
             raise ValueError("an example needs at least one prompt token and one target token")
 
     def __len__(self) -> int:

@@ -13,8 +13,8 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from oppu.attention import attention_over, takes_blocks
-from oppu.bank import LoraBank
-from oppu.config import Lora
+from oppu.bank import Bank
+from oppu.config import Training
 from oppu.models import head_at
 from oppu.packing import assemble
 from oppu.rows import Chunk, Example, next_batch, passes, step_seed
@@ -32,17 +32,17 @@ class Trained:
     error: Exception | None
 
 
-def warmup_steps(lora: Lora, steps: int) -> int:
+def warmup_steps(lora: Training, steps: int) -> int:
     """Steps of warm-up, always leaving one: it starts at zero, and a lone step at zero would learn nothing."""
     return min(math.ceil(lora.warmup * steps), max(steps - 1, 0))
 
 
 def train(
     model: PreTrainedModel,
-    bank: LoraBank,
+    bank: Bank,
     examples: Sequence[Sequence[Example]],
     plans: Sequence[list[list[int]]],
-    lora: Lora,
+    lora: Training,
     accelerator: Accelerator,
     progress: Progress | None = None,
     seeds: Sequence[int] | None = None,
@@ -130,9 +130,9 @@ def _finite(result: Result) -> bool:
 
 def gradients(
     model: PreTrainedModel,
-    bank: LoraBank,
+    bank: Bank,
     chunks: Sequence[Chunk],
-    lora: Lora,
+    lora: Training,
     accelerator: Accelerator,
     blocks: bool = True,
 ) -> list[Result]:
