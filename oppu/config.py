@@ -69,8 +69,10 @@ class Model(Closed):
         description="weights that exist only as pickled .bin files are read once (torch.load, weights_only) and written"
         " as safetensors; false: refused",
     )
-    quantization: Literal["8bit", "4bit"] | None = Field(
-        None, description="load the frozen base in 8 or 4 bits (needs the extra `quantization`: bitsandbytes)"
+    quantization: Literal["8bit", "4bit", "fp8"] | None = Field(
+        None,
+        description="load the frozen base in 8 or 4 bits (needs the extra `quantization`: bitsandbytes); fp8: 8-bit"
+        " floats, computed with as such (CUDA from compute capability 8.9 on)",
     )
 
 
