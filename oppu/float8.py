@@ -1,8 +1,8 @@
 """The frozen base in 8-bit floats: its Linear layers' weights, and the products with them forward and backward.
 
 Everything is float8 e4m3 with one scale per row, a power of two. A token's scale comes from that token alone, so whom
-it shares a batch with does not matter. Scaling by a power of two is exact, in bfloat16 too: the only rounding is the one
-to 8 bits. The adapters, norms, attention, embeddings and the head keep their dtype.
+it shares a batch with does not matter. Scaling by a power of two is exact, in bfloat16 too: nothing is rounded but to
+the 8 bits. The adapters, norms, attention, embeddings and the head keep their dtype.
 """
 
 from __future__ import annotations

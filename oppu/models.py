@@ -188,13 +188,13 @@ def merge(model: PreTrainedModel, adapter: Path, dtype: torch.dtype | None = Non
     wanted = {f"base_model.model.{n}.lora_{x}.weight" for n in linears for x in "AB"}
     if names != wanted:
         raise InputError([f"{adapter}: does not fit the model: {sorted(names ^ wanted)[:4]} stand on one side only"])
-    tuner = PeftModel.from_pretrained(model, str(adapter)).base_model
+    tuner: Any = PeftModel.from_pretrained(model, str(adapter)).base_model
     for layer in tuner.modules():
         if isinstance(layer, LoraLayer):
-            base = layer.get_base_layer()
-            wide = torch.promote_types(base.weight.dtype, torch.float32)  # type: ignore[arg-type]
+            base: Any = layer.get_base_layer()
+            wide = torch.promote_types(base.weight.dtype, torch.float32)
             base.to(wide)
-            layer.merge()  # type: ignore[operator]
+            layer.merge()
             base.to(dtype or wide)
     return freeze(tuner.unload())
 
