@@ -1,0 +1,172 @@
+"""How many tokens one pass may have: found from free memory, halved where memory runs out, never a crash.
+
+No result depends on it: rows of one step that are computed in several passes add up to the same gradient.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from oppu.records import InputError
+from oppu.rows import WIDTH
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+MOST = {"cpu": 8192, "cuda": 65536}
+"""Tokens of a pass that more would not make faster."""
+SHARE = 0.8
+"""Of what is free: the rest is for what is there for a moment only."""
+LABELS = 0.25
+"""Target tokens per token, at most: the head runs at those alone."""
+PIECE = 200
+"""Tokens per copy of an adapter in a pass, at least on average."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device; on a CPU within the control group that a batch system sets."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    free: int = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return free
+    return min(free, max(limit - used, 0))
+
+
+def training_bytes(model: PreTrainedModel, adapter: int = 0, width: int = WIDTH) -> float:
+    """Bytes that one token of a training pass keeps for the backward pass, in rows of `width` tokens.
+
+    Frozen layers keep nothing of their inputs. What is kept, per layer: the norms' inputs in float32; queries, keys,
+    values and attention's output; three vectors of the MLP; the inputs of all layers that may carry LoRA; the mask.
+    Besides: the logits of the labels, and an adapter of `adapter` parameters with its gradient for each piece.
+    """
+    text: Any = model.config.get_text_config()
+    embedding: Any = model.get_input_embeddings()
+    size: int = embedding.weight.dtype.itemsize
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    head = getattr(text, "head_dim", None) or hidden // heads
+    q, kv = heads * head, (getattr(text, "num_key_value_heads", None) or heads) * head
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    layer = 2 * hidden * 4 + (2 * q + 2 * kv + 3 * inner) * size + (2 * hidden + q + inner + width) * size
+    return text.num_hidden_layers * layer + LABELS * 16 * text.vocab_size + adapter / PIECE * (12 + 2 * size)
+
+
+def tokens_that_fit(model: PreTrainedModel, free: int, adapter: int = 0, width: int = WIDTH) -> int:
+    """Tokens of a training pass that `free` bytes have room for; at least one row's."""
+    return max(int(SHARE * free / training_bytes(model, adapter, width)), width)
+
+
+@dataclass
+class Budget:
+    """Tokens of one pass, padding included. It shrinks where memory runs out, and does not grow again."""
+
+    tokens: int
+
+    @classmethod
+    def found(cls, configured: int | None, model: PreTrainedModel, adapter: int = 0) -> Budget:
+        """What the config says, or, where it says nothing, what has room."""
+        if configured is not None:
+            return cls(configured)
+        most = MOST.get(model.device.type, MOST["cpu"])
+        return cls(min(most, tokens_that_fit(model, free_memory(model.device), adapter)))
+
+    def batch(self, items: Sequence[Item], length: Callable[[Item], int]) -> Sequence[Item]:
+        """As many of the first items, longest first, as the budget has room for once they are padded; one at least."""
+        return items[: max(self.tokens // length(items[0]), 1)]
+
+    def passes(
+        self,
+        items: Sequence[Item],
+        length: Callable[[Item], int],
+        run: Callable[[Sequence[Item]], None],
+        sparing: Callable[[], AbstractContextManager[None]] | None = None,
+        name: Callable[[Item], str] = lambda _: "a row",
+    ) -> None:
+        """Have `run` do all items, longest first, in passes that fit; `run` keeps nothing of a pass that fails.
+
+        Where memory runs out, the budget is halved, with a warning, and the pass is done again in parts. An item that
+        does not fit alone is tried once more in the `sparing` context; InputError with its `name` where that fails too.
+        """
+        while items:
+            batch = self.batch(items, length)
+            tokens = len(batch) * length(batch[0])
+            if not _fits(run, batch):
+                if len(batch) > 1:
+                    self.tokens = tokens // 2
+                    log.warning("out of memory in a pass of %d tokens; from here on at most %d", tokens, self.tokens)
+                    continue
+                self._alone(batch, tokens, run, sparing, name(batch[0]))
+            items = items[len(batch) :]
+
+    def _alone(
+        self,
+        batch: Sequence[Item],
+        tokens: int,
+        run: Callable[[Sequence[Item]], None],
+        sparing: Callable[[], AbstractContextManager[None]] | None,
+        name: str,
+    ) -> None:
+        if sparing is not None:
+            log.warning("out of memory in a single row of %d tokens; it is done with checkpoints", tokens)
+            with sparing():
+                if _fits(run, batch):
+                    return
+        raise InputError([f"{name}: {tokens} tokens do not fit into memory, even alone; lower model.max_length"])
+
+
+def _fits(run: Callable[[Sequence[Item]], None], batch: Sequence[Item]) -> bool:
+    """Run it; False where memory ran out, with what it had taken given back."""
+    try:
+        run(batch)
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    # Only here is the traceback gone, and with it the pass's tensors.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return False
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in the host."""
+    said = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, each decoder layer keeps its input alone and is computed again in the backward pass.
+
+    The model stays in eval mode; hooks within the layers run again too, so a bank must still be in use then. Nothing is
+    drawn at random in a frozen model, and a bank's dropout is counted, so the second time equals the first. Raises
+    InputError for a model without such layers.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError([f"{type(model).__name__} has no layers that can be checkpointed"])
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
