@@ -80,12 +80,13 @@ class Budget:
     tokens: int
 
     @classmethod
-    def found(cls, configured: int | None, model: PreTrainedModel, adapter: int = 0) -> Budget:
-        """What the config says, or, where it says nothing, what has room."""
+    def found(cls, configured: int | None, model: PreTrainedModel, adapter: int = 0, users: int = 0) -> Budget:
+        """What the config says, or, where it says nothing, what has room beside AdamW's state of `users` adapters."""
         if configured is not None:
             return cls(configured)
         most = MOST.get(model.device.type, MOST["cpu"])
-        return cls(min(most, tokens_that_fit(model, free_memory(model.device), adapter)))
+        free = free_memory(model.device) - users * adapter * 2 * 4
+        return cls(min(most, tokens_that_fit(model, free, adapter)))
 
     def batch(self, items: Sequence[Item], length: Callable[[Item], int]) -> Sequence[Item]:
         """As many of the first items, longest first, as the budget has room for once they are padded; one at least."""

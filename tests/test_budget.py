@@ -182,6 +182,7 @@ def test_the_budget_is_what_was_configured_or_what_is_free(monkeypatch: pytest.M
     assert few == tokens_that_fit(model, 10_000_000)
     assert 384 < few == pytest.approx(0.8 * 1e7 / training_bytes(model), abs=1)
     assert Budget.found(None, model, adapter=10_000).tokens < few
+    assert Budget.found(None, model, 10_000, users=50).tokens < Budget.found(None, model, 10_000).tokens
     assert tokens_that_fit(model, 0) == 384, "one row is always tried"
 
 
