@@ -32,6 +32,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from oppu import training
 from oppu.bank import LoraBank
+from oppu.budget import checkpointed
 from oppu.config import Lora
 from oppu.models import freeze
 from oppu.rows import Chunk, Example, Piece, passes, plan

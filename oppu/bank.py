@@ -111,7 +111,7 @@ class Bank:
         """
         if self.active is not None:
             raise RuntimeError("the bank is in use; blocks do not nest")
-        rows = self.weights[users].requires_grad_(torch.is_grad_enabled())
+        rows = self.weights[users.to(self.weights.device, non_blocking=True)].requires_grad_(torch.is_grad_enabled())
         split = (rows.to(self.dtype) if self.rounded else rows).split(self.sizes, 1)
         parts = {n: part.view(-1, *shape) for part, (n, shape) in zip(split, self.shapes.items(), strict=True)}
         self.active = Active(parts, ends, keys)

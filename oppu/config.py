@@ -71,8 +71,10 @@ class Model(Closed):
         description="weights that exist only as pickled .bin files are read once (torch.load, weights_only) and written"
         " as safetensors; false: refused",
     )
-    quantization: Literal["8bit", "4bit"] | None = Field(
-        None, description="load the frozen base in 8 or 4 bits (needs the extra `quantization`: bitsandbytes)"
+    quantization: Literal["8bit", "4bit", "fp8"] | None = Field(
+        None,
+        description="load the frozen base in 8 or 4 bits (needs the extra `quantization`: bitsandbytes); fp8: 8-bit"
+        " floats, computed with as such (CUDA from compute capability 8.9 on)",
     )
 
 
@@ -90,7 +92,9 @@ class Training(Closed):
         0.1, description="share of the steps over which the learning rate rises; then it falls linearly"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm, per user")
-    tokens_per_batch: Positive = Field(8192, description="tokens of one forward pass; does not change results")
+    tokens_per_batch: Positive | None = Field(
+        None, description="tokens of one forward pass; null: found from free memory. Does not change results"
+    )
 
 
 class Lora(Training):

@@ -14,6 +14,9 @@ from torch import Tensor
 from oppu.bank import GOLDEN, mix
 from oppu.rows import Chunk, Piece
 
+HOST = ("users", "spans")
+"""What is asked for its numbers: on a device that would wait for all that it still has to do."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -31,7 +34,7 @@ class Packed:
     item: Tensor
     """[N] number of the token's example in its chunk, from 1; 0 for the prefix."""
     users: Tensor
-    """[G] the user of each piece."""
+    """[G] on the CPU: the user of each piece."""
     ends: Tensor
     """[G] (int32) where each piece ends."""
     seeds: Tensor
@@ -66,16 +69,12 @@ class Packed:
         return mix(mix(keys) + self.position_ids[0])
 
     def to(self, device: torch.device) -> Packed:
-        """The same on another device, but for the spans; copies run beside what the device is doing."""
+        """The same on another device, but for users and spans; copies run beside what the device is doing."""
         if device.type == "cpu":
             return self
-        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Packed(
-            **{
-                name: tensor if name == "spans" else tensor.pin_memory().to(device, non_blocking=True)
-                for name, tensor in pinned.items()
-            }
-        )
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {n: t.pin_memory().to(device, non_blocking=True) for n, t in tensors.items() if n not in HOST}
+        return Packed(**tensors | moved)
 
 
 def assemble(chunks: Sequence[Chunk], pieces: Sequence[Piece]) -> Packed:

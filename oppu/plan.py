@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from oppu.config import OWN, Config, Training, load, parse_augmentation
-from oppu.plan_counts import Task, Work
+from oppu.plan_counts import PASS, Task, Work
 from oppu.plan_data import PAPER_USERS, data_of, tokenizer_of
 from oppu.recipe import seeded
 from oppu.records import InputError
@@ -221,7 +221,7 @@ def _memory(config: Config, name: str, shape: Shape, users: int) -> float:
     kinds = [config.training(peft, name) for peft in config.peft if peft in OWN] or [lora]
     cohort = min(users, config.users_per_job) * max(map(shape.adapter, kinds)) * TRAINED * 4
     token = shape.layers * (16 * shape.hidden + 4 * shape.intermediate) * dtype
-    return weights + cohort + lora.tokens_per_batch * token
+    return weights + cohort + (lora.tokens_per_batch or PASS) * token
 
 
 def _totals(config: Config, steps: Sequence[Step], shape: Shape | None, memory: list[float]) -> dict[str, float | None]:
@@ -232,7 +232,9 @@ def _totals(config: Config, steps: Sequence[Step], shape: Shape | None, memory: 
     totals["base_adapter_bytes"] = _sum([step.disk for step in steps if step.step == "base"])
     totals["weight_bytes"] = shape.parameters * BYTES[config.model.dtype] if shape else None
     totals["memory_bytes"] = max(memory, default=None)
-    totals["host_memory_bytes"] = shape.parameters * 4.0 if shape else None
+    merged_here = config.model.quantization in ("8bit", "4bit")
+    host = (shape.parameters * BYTES[config.model.dtype] if merged_here else shape.head * 4.0) if shape else None
+    totals["host_memory_bytes"] = host
     return totals
 
 
@@ -249,7 +251,8 @@ def _assumptions(config: Config, gpu: Gpu, limit: int) -> list[str]:
         " tokens, layer and width; of prediction: 2 and 4, answers of full length",
         f"hours: {gpu.tflops:g} TFLOP/s in {config.model.dtype} at {gpu.utilisation:.0%}; writing answers reads all"
         " weights for each token. Start-up and loading come on top: a small model takes longer than this",
-        "memory is a rough estimate; the base is merged in float32 in the host's memory",
+        "memory is a rough estimate; the base goes from its files to the GPU tensor by tensor, merged there layer"
+        " by layer (8bit and 4bit: in the host's memory)",
     ]
     if any("dense" in a for a in config.augmentations):
         notes.append("dense retrieval: items counted as BM25 finds them, the encoder not at all")

@@ -19,6 +19,8 @@ from oppu.tasks import task as task_named
 
 USERS = 16
 """Users that a count is taken from, where it is taken from a part."""
+PASS = 16384
+"""Tokens of a pass, where the run is to find them from free memory."""
 EARLIER = 64
 """Items before those that are counted, there: enough to retrieve from."""
 
@@ -159,7 +161,7 @@ class Task:
             plan(len(own), int(lora.epochs or 0), int(lora.batch_size or 0), order)
             for own, order in zip(examples, orders, strict=True)
         ]
-        return training_work(examples, steps, max(int(lora.tokens_per_batch / self.per_token), 1))
+        return training_work(examples, steps, max(int((lora.tokens_per_batch or PASS) / self.per_token), 1))
 
     @property
     def answer(self) -> int:

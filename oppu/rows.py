@@ -74,13 +74,15 @@ class Piece(NamedTuple):
     tokens: int
 
 
-def passes(chunks: Sequence[Chunk], budget: int) -> list[list[Piece]]:
+def passes(chunks: Sequence[Chunk], budget: int, parts: Sequence[Piece] | None = None) -> list[list[Piece]]:
     """The pieces of each forward pass: at most `budget` tokens together, or one example with its prefix at least.
 
-    A chunk over the budget is cut into pieces, each with the prefix again. Best fit: the longest piece first, each
-    into the fullest pass that has room for it.
+    A chunk over the budget is cut into pieces, each with the prefix again; with `parts`, only these are laid out. Best
+    fit: the longest piece first, each into the fullest pass that has room for it.
     """
-    pieces = [piece for number, chunk in enumerate(chunks) for piece in _cut(number, chunk, budget)]
+    whole = [(number, range(len(chunk.examples))) for number, chunk in enumerate(chunks)]
+    wanted = whole if parts is None else [(part.chunk, part.items) for part in parts]
+    pieces = [piece for number, items in wanted for piece in _cut(number, chunks[number], items, budget)]
     made: list[list[Piece]] = []
     room: list[int] = []
     for piece in sorted(pieces, key=lambda p: -p.tokens):
@@ -94,10 +96,10 @@ def passes(chunks: Sequence[Chunk], budget: int) -> list[list[Piece]]:
     return made
 
 
-def _cut(number: int, chunk: Chunk, budget: int) -> list[Piece]:
+def _cut(number: int, chunk: Chunk, items: range, budget: int) -> list[Piece]:
     pieces: list[Piece] = []
-    for item, example in enumerate(chunk.examples):
-        own = len(example) - chunk.prefix
+    for item in items:
+        own = len(chunk.examples[item]) - chunk.prefix
         if pieces and pieces[-1].tokens + own <= budget:
             last = pieces.pop()
             pieces.append(Piece(number, range(last.items.start, item + 1), last.tokens + own))

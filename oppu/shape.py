@@ -16,7 +16,7 @@ from oppu.records import InputError
 
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 """Model types whose layers are q, k, v, o, gate, up and down projections."""
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "8bit": 1, "4bit": 0.5}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "8bit": 1, "fp8": 1, "4bit": 0.5}
 
 
 @lru_cache
