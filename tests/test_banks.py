@@ -253,9 +253,20 @@ def test_answers_equal_pefts_one_by_one(
 
 @pytest.mark.parametrize("kind", NEW)
 def test_a_bfloat16_model_trains_float32_parameters(kind: str) -> None:
-    """Close to what float32 finds: (IA)3's scales are not rounded to bfloat16, which has none between 1 and 1.0078."""
+    """Close to what float32 finds."""
     lora = settings_of(kind)
     exact, half = (cohort(tiny_llama(dtype), lora, [0, 1]) for dtype in (torch.float32, torch.bfloat16))
     start = bank_for(tiny_llama(), lora, 1, seed=3).state_dict(0)
     assert all(t.dtype == torch.float32 for t in half[0].values())
     assert 1e-5 < distance(half[0], exact[0]) < distance(exact[0], start)
+
+
+def test_scales_are_not_rounded_to_the_models_dtype() -> None:
+    """As by PEFT: bfloat16 has no number between 1 and 1.0078, so small steps would change no answer."""
+    model, ids = tiny_llama(torch.bfloat16), torch.arange(3, 15).view(1, 12)
+    bank = bank_for(model, settings_of("ia3"), 1, 0)
+    with torch.no_grad(), bank.use(torch.tensor([0])):
+        before = model(ids).logits
+    bank.weights.mul_(1.002)
+    with torch.no_grad(), bank.use(torch.tensor([0])):
+        assert (model(ids).logits - before).abs().max() > 1e-2
