@@ -87,7 +87,7 @@ class Project:
         config = {
             "data": "data/raw",
             "tasks": self.options.tasks,
-            "augmentations": COLUMNS,
+            "augmentations": self.options.columns,
             "peft": ["none", "lora"],
             "split": {"test_users": "dev"},
             "users_per_job": self.options.users_per_job,
@@ -168,6 +168,9 @@ def measure(project: Project) -> tuple[Seconds, dict[str, Any]]:
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, metavar="TASK", help="tasks (all seven)")
+    arguments.add_argument(
+        "--columns", nargs="+", default=COLUMNS, metavar="NAME", help="augmentations, without and with LoRA (Table 1's)"
+    )
     arguments.add_argument("--users", type=int, default=100, help="test users of each task (100)")
     arguments.add_argument("--items", type=int, default=12, help="items of a history (12)")
     arguments.add_argument("--users-per-job", type=int, default=100, help="the config's users_per_job (100)")
