@@ -18,31 +18,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {
-    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-}
+from common import ROOT, SHAPES, model_of
+from transformers import AutoTokenizer
 
 
 def random_base(folder: Path, shape: str, dtype: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/models/oppu-tiny")
-    config = LlamaConfig(
-        **SHAPES[shape],
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.set_default_dtype(getattr(torch, dtype))
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model_of(shape, dtype, "cuda" if torch.cuda.is_available() else "cpu").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "data/models/oppu-tiny").save_pretrained(folder)
 
 
 def configuration(folder: Path, arguments: argparse.Namespace) -> Path:

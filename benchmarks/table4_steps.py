@@ -9,6 +9,7 @@ the loss over the history before and after.
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def moved_by(model: PreTrainedModel, bank: LoraBank) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model, examples = load_model(MODEL), learned_examples()
     paper = Config().lora("LaMP_2N")
     released = {"epochs": 2, "lr": 1e-4, "weight_decay": 1e-2, "batch_size": 16, "max_grad_norm": 0.3}
