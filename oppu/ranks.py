@@ -94,7 +94,7 @@ class Lead:
     def __init__(self, server: socket.socket | None, name: str, world: int, spawns: bool) -> None:
         self.server, self.name, self.world, self.spawns = server, name, world, spawns
         self.lines: dict[int, Line] = {}
-        self.children: list[subprocess.Popen[bytes]] = []
+        self.children: dict[int, subprocess.Popen[bytes]] = {}
 
     def share(self, costs: Mapping[str, float]) -> list[str]:
         """Tell every other rank its users; returns rank 0's own. Ranks that have none are told so, or never started."""
@@ -102,17 +102,17 @@ class Lead:
         if self.spawns:
             self._spawn([rank for rank, users in enumerate(shares) if rank and users])
         if self.server is not None:
-            self._accept(len(self.children) if self.spawns else self.world - 1)
+            self._accept(list(self.children) if self.spawns else list(range(1, self.world)))
         for rank, line in sorted(self.lines.items()):
             log.info("rank %d of %d: %d users", rank, self.world, len(shares[rank]))
             line.send(shares[rank])
         return shares[0]
 
     def failures(self) -> dict[str, str]:
-        """Wait for the other ranks; why each failed user of theirs failed. A rank that died has none, and is logged."""
+        """Wait for the other ranks; why each failed user of theirs failed. Of a rank that died, only that is logged."""
         failed: dict[str, str] = {}
-        for rank, line in sorted(self.lines.items()):
-            report = line.receive()
+        for rank in sorted(self.lines.keys() | self.children.keys()):
+            report = self.lines[rank].receive() if rank in self.lines else None
             if report is None:
                 log.error("rank %d of %d ended before its users were done", rank, self.world)
             failed |= report or {}
@@ -125,20 +125,23 @@ class Lead:
         os.environ["OMP_NUM_THREADS"] = str(max(threads, 1))  # rank 0's too: it has not imported torch yet
         world = {"WORLD_SIZE": str(self.world), "LOCAL_WORLD_SIZE": str(self.world), "OPPU_RANKS": self.name}
         command = [sys.executable, *sys.orig_argv[1:]]
-        self.children = [
-            subprocess.Popen(command, env=os.environ | world | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in ranks
-        ]
+        for rank in ranks:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.children[rank] = subprocess.Popen(command, env=os.environ | world | own)
 
-    def _accept(self, count: int) -> None:
+    def _accept(self, ranks: list[int]) -> None:
+        """Wait until these ranks are there, or have ended already."""
         assert self.server is not None
         deadline = time.monotonic() + STARTING
         self.server.settimeout(0.5)
-        while len(self.lines) < count:
+        while missing := [rank for rank in ranks if rank not in self.lines]:
             try:
                 connection, _ = self.server.accept()
             except TimeoutError:
-                if time.monotonic() > deadline or any(child.poll() for child in self.children):
-                    raise RuntimeError(f"{count - len(self.lines)} of {count} further ranks did not start") from None
+                if all(rank in self.children and self.children[rank].poll() is not None for rank in missing):
+                    return
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"ranks {missing} of {self.world} did not start") from None
                 continue
             connection.settimeout(None)
             line = Line(connection)
@@ -171,7 +174,7 @@ def leading(stamp: Path, processes: int) -> Iterator[Lead]:
             for line in lead.lines.values():
                 with suppress(OSError):  # it may have ended
                     line.connection.shutdown(socket.SHUT_RDWR)
-            for child in lead.children:
+            for child in lead.children.values():
                 child.wait()
 
 

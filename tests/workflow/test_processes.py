@@ -172,15 +172,18 @@ def test_a_rank_that_is_killed(project: Project, alone: Project, dies: str) -> N
         text=True,
     )
     deadline = time.monotonic() + 300
-    while not (found := children(run.pid)):
+    users = project.folder / SETTING / "users"
+    while not (trained := [user for user in theirs if (users / user / "cell.json").exists()]):
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    (other,) = found
+    kept = {user: (users / user / "adapter/adapter_model.safetensors").stat().st_mtime_ns for user in trained}
+    (other,) = children(run.pid)
     os.kill(other if dies == "rank 1" else run.pid, signal.SIGKILL)
     _, text = run.communicate(timeout=300)
     assert run.returncode != 0
     if dies == "rank 1":
-        assert all(f"user {user}: not made: adapter, predictions" in text for user in theirs)
+        assert "rank 1 of 2 ended before its users were done" in text
+        assert all(f"user {user}: not made: " in text for user in theirs)
         assert_same_cells(project, alone, [user for user in project.users() if user not in theirs])
     else:
         while Path(f"/proc/{other}").exists():
@@ -189,6 +192,7 @@ def test_a_rank_that_is_killed(project: Project, alone: Project, dies: str) -> N
     done = cells(project, "--processes=2")
     assert done.returncode == 0, done.stderr
     assert_same_cells(project, alone, project.users())
+    assert all((users / u / "adapter/adapter_model.safetensors").stat().st_mtime_ns == at for u, at in kept.items())
 
 
 def test_the_rule_takes_processes_from_the_profile(project: Project, alone: Project) -> None:
