@@ -157,7 +157,7 @@ def _as_wanted(mask: Tensor, inner: str, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def in_blocks(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
-    """Within the block, the model's attention runs over a packed line with this layout. Checkpoints need backward in it."""
+    """Within the block, the model's attention runs over a packed line laid out so; checkpoints need backward in it."""
     config = model.config.get_text_config()
     config._attn_implementation = BLOCKS
     _layouts.append(layout)

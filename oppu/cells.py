@@ -7,35 +7,20 @@ whole. Only stale artefacts are made, all stale users of a cohort together; torc
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from oppu import recipe as keys
-from oppu.config import CONTROLS, OWN
-from oppu.files import (
-    digest,
-    file_digest,
-    folder_digests,
-    new_folder,
-    read_base,
-    read_json,
-    read_user,
-    read_users,
-    write_bytes,
-    write_json,
-)
+from oppu.config import OWN
+from oppu.files import digest, file_digest, folder_digests, read_base, read_json, write_json
 from oppu.profiles import profile_of
 from oppu.records import InputError, Item, User
-
-log = logging.getLogger(__name__)
+from oppu.warm import Lesson, anew, lesson_of
 
 
 @dataclass
@@ -49,6 +34,8 @@ class Cell:
     record: dict[str, Any]
     source: Path
     """The folder whose adapter/ answers the queries: the cell's own, but for the controls pooled and swapped."""
+    lesson: Lesson | None
+    """What its adapter learns, where it has one of its own."""
     counts: Counter[str] = field(default_factory=Counter)
 
     def fresh(self, artefact: str) -> bool:
@@ -74,6 +61,8 @@ class Cell:
             "counts": dict(sorted((+self.counts).items())),
             "artefacts": artefacts,
         }
+        if self.lesson is not None:
+            self.record["trained_on"] = self.lesson.links
         write_json(self.folder / "cell.json", self.record)
 
 
@@ -116,6 +105,12 @@ def source_of(setting: Path, peft: str, user: str, users: Sequence[str]) -> Path
     return setting.parent.parent / "lora" / setting.name / "users" / other
 
 
+def start_of(setting: Path, recipe: dict[str, Any]) -> Path | None:
+    """The folder whose adapter/ a setting's adapters begin at: the pooled setting's; None: they begin at none."""
+    pooled = recipe.get("start", {}).get("from") == "pooled"
+    return setting.parent.parent / "pooled" / setting.name if pooled else None
+
+
 def borrowed(source: Path) -> str:
     """The digest of an adapter that another cell or the whole setting made; InputError where it is not whole."""
     entry = read_record(source).get("artefacts", {}).get("adapter")
@@ -137,122 +132,37 @@ def open_cell(
 ) -> Cell:
     """A user's cell with the keys its artefacts should have.
 
-    `source` is `source_of` the user, `lent` the digest of its adapter where the cell does not train it, `profiles` the
-    task's folder of profiles.
+    `source` is `source_of` the user, `lent` the digest of the adapter that the cell takes from elsewhere: to answer
+    with, or to begin at (`start_of`). `profiles` is the task's folder of profiles.
     """
     profile = profile_of(recipe, user, profiles)
     wanted: dict[str, str] = {}
-    adapter = lent
+    record = read_record(folder)
+    adapter, lesson = lent, None
     if recipe["peft"] in OWN:
-        adapter = wanted["adapter"] = keys.adapter_key(recipe, manifest, user, profile, pool)
+        key_of = partial(_adapter_key, recipe, manifest, profile, pool)
+        lesson = _lesson(folder, record, recipe, user, key_of, lent)
+        adapter = wanted["adapter"] = lesson.key
     wanted["predictions"] = keys.predictions_key(recipe, manifest, user, profile, pool, adapter)
-    record = read_record(folder) | {name: recipe[name] for name in ("augmentation", "peft", "history")}
+    record |= {name: recipe[name] for name in ("augmentation", "peft", "history")}
     record |= {"task": recipe["task"]["name"], "base": keys.base_digest(manifest)}
-    return Cell(folder, user, profile, wanted, record, source)
+    return Cell(folder, user, profile, wanted, record, source, lesson)
 
 
-@contextmanager
-def held(folder: Path, users: Sequence[str]) -> Iterator[None]:
-    """Hold the cells of these users against other runs, waiting for whoever has them.
-
-    Snakemake's lock does not cover folders it does not know. Byte ranges of one file, taken in order, so that two
-    runs cannot wait for each other; they go with the process, however it ends.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as f:
-        for place in sorted(int(user[2:], 16) for user in users):
-            try:
-                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-            except OSError:
-                log.warning("another run holds cells of %s; waiting for it", folder)
-                fcntl.lockf(f, fcntl.LOCK_EX, 1, place)
-        yield
+def _adapter_key(
+    recipe: dict[str, Any], manifest: dict[str, Any], profile: str | None, pool: str | None, user: User
+) -> str:
+    return keys.adapter_key(recipe, manifest, user, profile, pool)
 
 
-def run(
-    stamp: Path,
-    recipe: Path,
-    base: Path,
-    histories: Sequence[Path],
-    base_users: Path,
-    mended: str = "-",
-    profiles: Path | None = None,
-    users: Path | None = None,
-) -> None:
-    """Bring the cells of these users up to date, then write the stamp; the command of rule `cells`.
-
-    `profiles` is the task's folder of profiles, read where the augmentation carries one; `users` is users.json, which
-    `swapped` needs to know all test users. Raises InputError at the end when users failed; the others' cells are kept,
-    and there is no stamp.
-    """
-    values, manifest = read_json(recipe), read_json(base)
-    setting = recipe.parent
-    names = [path.stem for path in histories]
-    everyone = read_users(users) if users else names
-    lend = cache(borrowed)  # pooled: one adapter for all
-    failed: dict[str, str] = {}
-    with held(setting, names):
-        pool = pool_of(base_users, values)
-        pool_key = digest([item.fields for item in pool]) if pool else None
-        cells = []
-        for path in histories:
-            try:
-                source = source_of(setting, values["peft"], path.stem, everyone)
-                lent = lend(source) if values["peft"] in CONTROLS else None
-                folder = setting / "users" / path.stem
-                cells.append(open_cell(folder, read_user(path), values, manifest, pool_key, source, lent, profiles))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                failed[path.stem] = f"{path}: {error or type(error).__name__}"
-        stale = [cell for cell in cells if cell.stale]
-        trained = sum("adapter" in cell.stale for cell in stale)
-        log.info("%s: %d users, %d to train, %d to predict", setting, len(names), trained, len(stale))
-        if stale:
-            failed |= _make(stale, values, manifest, base.parent, pool)
-        for cell in cells:
-            if cell.user.key not in failed and (left := cell.stale):
-                failed[cell.user.key] = f"not made: {', '.join(left)}"
-        if failed:
-            lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
-            raise InputError([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"])
-        files = {
-            f"../users/{c.user.key}/{name}"
-            for c in cells
-            for e in c.record["artefacts"].values()
-            for name in e["files"]
-        }
-        files |= {f"../users/{c.user.key}/cell.json" for c in cells}
-        write_json(stamp, {"users": sorted(names), "files": sorted(files), "mended": mended})
-
-
-def _make(
-    stale: list[Cell], values: dict[str, Any], manifest: dict[str, Any], base: Path, pool: list[Item] | None
-) -> dict[str, str]:
-    """Train and predict the stale cells in one process; returns why each failed user failed."""
-    from oppu.cohort import Cohort  # torch and transformers: seconds, so only when something is stale
-
-    cohort = Cohort(values, manifest, base, pool, [(cell.user, cell.profile, cell.counts) for cell in stale])
-    failed: dict[str, str] = {}
-    todo = [cell for cell in stale if "adapter" in cell.keys and not cell.fresh("adapter")]
-    if values["peft"] != "none":
-        for source, user in {cell.source: cell.user.key for cell in stale if cell not in todo}.items():
-            cohort.load(user, source / "adapter")
-    by_key = {cell.user.key: cell for cell in todo}
-
-    def finished(key: str) -> None:
-        with new_folder(by_key[key].folder / "adapter") as folder:
-            cohort.save(key, folder)
-        by_key[key].note("adapter")
-
-    if todo:
-        failed |= cohort.train(list(by_key), finished)
-    waiting = [cell for cell in stale if cell.user.key not in failed and not cell.fresh("predictions")]
-    predictions, more = cohort.predict([cell.user.key for cell in waiting])
-    failed |= more
-    for cell in (cell for cell in waiting if cell.user.key not in failed):
-        lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in predictions[cell.user.key]]
-        write_bytes(cell.folder / "predictions.jsonl", "".join(lines).encode())
-        cell.note("predictions")
-    return failed
+def _lesson(
+    folder: Path, record: dict[str, Any], recipe: dict[str, Any], user: User, key_of: Any, lent: str | None
+) -> Lesson:
+    entry = record.get("artefacts", {}).get("adapter")
+    if recipe.get("start", {}).get("from") != "previous" or entry is None or damage(folder, {"adapter": entry}):
+        return anew(recipe, user, key_of, lent)
+    chain = record.get("trained_on") or [{"start": "initial", "items": record["history_items"], "replayed": 0}]
+    return lesson_of(recipe, user, key_of, chain, entry["key"])
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:

@@ -96,11 +96,19 @@ def cells(
     mended: Mended = "-",
     profiles: Profiles = None,
     users: Annotated[Path | None, typer.Option(help="users.json: all test users; `swapped` needs them")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="share the users to train or predict out over so many processes")
+    ] = 1,
 ) -> None:
-    """Train and predict those of these users whose cells are not fresh, together (section 3)."""
-    from oppu import cells as cohort_of_cells
+    """Train and predict those of these users whose cells are not fresh, together (section 3).
 
-    cohort_of_cells.run(stamp, recipe, base, histories, base_users, mended, profiles, users)
+    Several processes share them out by what they will cost: those of --processes, started only when there is work, or
+    those of a launcher, `accelerate launch --multi_gpu --num_processes 2 -m oppu.cli cells …` (--multi_gpu on CPUs
+    too, or it starts a single one). Each has a GPU of its own where there are several.
+    """
+    from oppu import job
+
+    job.run(stamp, recipe, base, histories, base_users, mended, profiles, users, processes)
 
 
 @rules.command(rich_help_panel=PANEL)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from oppu.rows import Example, plan, virtual
 from oppu.seeds import seed_of, seed_text
 from oppu.tasks import tasks
 from oppu.training import train
+from oppu.warm import Lesson
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Cohort:
         return self.recipe["augmentation"], self.recipe["peft"], self.recipe["history"]
 
     def load(self, key: str, folder: Path) -> None:
-        """Answer a user's queries with an adapter as it was trained before."""
+        """Take a user's adapter as it was trained before: to answer with, or to go on from."""
         assert self.bank is not None
         self.bank.load(self.row[key], load_adapter(folder, self.bank))
 
@@ -130,29 +131,41 @@ class Cohort:
         assert self.bank is not None
         save_adapter(folder, self.bank, self.adapters.index(adapter), base_name(self.manifest))
 
-    def train(self, keys: Sequence[str], finished: Callable[[str], None]) -> dict[str, str]:
+    def train(
+        self, keys: Sequence[str], finished: Callable[[str], None], lessons: Mapping[str, Lesson] | None = None
+    ) -> dict[str, str]:
         """Train on these users' histories; `finished` is told each adapter as soon as its last step is done.
 
-        Returns why each failed user or adapter failed.
+        Adapters go on from what they are: the initial parameters, or what was loaded. `lessons` say which items of its
+        history each user learns from; without, the newest `max_items` of them. Returns why each failed user or adapter
+        failed.
         """
         assert self.bank is not None
         failed: dict[str, str] = {}
         examples: list[list[Example]] = [[] for _ in self.adapters]
         for key in keys:
             user, profile, counts = self.users[key]
+            chosen = lessons[key].items if lessons else None
             try:
-                examples[self.row[key]] += history_examples(self.context, user, profile, counts, self.lora.max_items)
+                examples[self.row[key]] += history_examples(
+                    self.context, user, profile, counts, self.lora.max_items, chosen
+                )
             except ValueError as error:
                 failed[key] = str(error)
         name = self.context.task.name
         wanted = {self.adapters[self.row[key]] for key in keys if key not in failed}
         plans: list[list[list[int]]] = []
+        # A second training draws anew: with the same numbers, dropout would hide the same features again.
+        after = {key: [f"after {lesson.after} items"] for key, lesson in (lessons or {}).items() if lesson.after}
         for adapter, own in zip(self.adapters, examples, strict=True):
-            order = seed_text(self.recipe["seed"], name, adapter, "data order")
+            order = seed_text(self.recipe["seed"], name, adapter, "data order", *after.get(adapter, []))
             plans.append(plan(len(own), int(self.lora.epochs or 0), int(self.lora.batch_size or 0), order))
             if not own and adapter in wanted:
                 finished(adapter)
-        seeds = [seed_of(self.recipe["seed"], name, adapter, *self._setting, "dropout") for adapter in self.adapters]
+        seeds = [
+            seed_of(self.recipe["seed"], name, adapter, *self._setting, "dropout", *after.get(adapter, []))
+            for adapter in self.adapters
+        ]
         trained = train(
             self.model,
             self.bank,

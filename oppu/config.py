@@ -163,6 +163,22 @@ TRAININGS: dict[str, type[Training]] = {"ia3": Ia3Training, "prompt": PromptTrai
 """PEFT word -> its settings; all others are LoRA's."""
 
 
+class Personal(Lora):
+    """Training of the personal adapters (section 2.3)."""
+
+    start: Literal["initial", "pooled", "previous"] = Field(
+        "initial",
+        description="where a user's adapter begins: as every other (the paper); `pooled`, one trained on all test"
+        " users; or `previous`: items added to a history are learned by the adapter that is there, anything else anew",
+    )
+    replay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="start `previous`: so many of the user's old items, drawn, are learned again per new one",
+    )
+
+
 class Generation(Closed):
     """How answers are generated."""
 
@@ -265,7 +281,7 @@ class Config(Closed):
     split: Split = Split()
     model: Model = Model()
     base: Base = Base(rank=64, lr=1e-4, epochs=3, batch_size=16, weight_decay=0.0)
-    personal: Lora = Field(Lora(), description="null values come from the task table (Table 4)")
+    personal: Personal = Field(Personal(), description="null values come from the task table (Table 4)")
     ia3: Ia3 = Ia3()
     prompt: VirtualPrompt = VirtualPrompt()
     task_base: dict[str, dict[str, Any]] = Field({}, description="per task: overrides of `base`")
@@ -310,6 +326,14 @@ class Config(Closed):
             problems.append("profiles.chat_template: must hold {prompt}, where the prompt goes")
         if "pooled" in self.peft and not self.benchmark:
             problems.append("peft: pooled trains on all test users' texts together; it needs `benchmark: true`")
+        starts = {self.lora(task).start for task in set(self.tasks) & set(tasks())}
+        if "pooled" in starts and not self.benchmark:
+            problems.append(
+                "personal.start: pooled begins at an adapter trained on all test users' texts together; it needs"
+                " `benchmark: true`"
+            )
+        if self.personal.replay and "previous" not in starts:
+            problems.append("personal.replay: old items are learned again with `start: previous` only")
         if "swapped" in self.peft and "lora" not in self.peft:
             problems.append("peft: swapped takes the adapters of lora; list lora too")
         layers, inputs = self.ia3.target_modules, self.ia3.feedforward_modules
@@ -343,12 +367,12 @@ class Config(Closed):
         """Base training of a task: its overrides, then `base`."""
         return Base(**self.base.model_dump() | self.task_base.get(task, {}))
 
-    def lora(self, task: str) -> Lora:
+    def lora(self, task: str) -> Personal:
         """Personal training of a task: its overrides, then `personal`, then Table 4; alpha defaults to the rank."""
         table = tasks()[task].personal.model_dump()
         values = self.personal.model_dump() | self.task_personal.get(task, {})
         values |= {name: value for name, value in table.items() if values.get(name) is None}
-        return Lora(**values)
+        return Personal(**values)
 
     def training(self, peft: str, task: str) -> Training:
         """Personal training of a task with adapters of a kind: `ia3` or `prompt` stand over what LoRA trains with."""

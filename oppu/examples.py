@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from oppu.config import Augmentation
@@ -41,11 +41,17 @@ class Context:
 
 
 def history_examples(
-    context: Context, user: User, profile: str | None, counts: Counter[str], max_items: int | None = None
+    context: Context,
+    user: User,
+    profile: str | None,
+    counts: Counter[str],
+    max_items: int | None = None,
+    chosen: Collection[int] | None = None,
 ) -> list[Example]:
     """One example per history item, oldest first; retrieval sees only items strictly before each (section 3).
 
-    With `max_items`, only the newest so many items become examples; what is retrieved for them is any earlier item.
+    With `max_items`, only the newest so many items become examples, with `chosen` those at these places in the history;
+    what is retrieved for them is any earlier item.
 
     A pair (x, y) is learned as phi(x, D^{<t}, s_u) -> y, a plain text as its label -> x. An item whose answer alone
     is over the budget is left out and counted.
@@ -54,7 +60,10 @@ def history_examples(
     retrieved = retrieve_for_history(task, user.history, context.augmentation, context.draws(user), context.search)
     examples = []
     first = max(len(user.history) - max_items, 0) if max_items else 0
-    for item, items in list(zip(user.history, retrieved, strict=True))[first:]:
+    wanted = range(first, len(user.history)) if chosen is None else set(chosen)
+    for place, (item, items) in enumerate(zip(user.history, retrieved, strict=True)):
+        if place not in wanted:
+            continue
         if task.pair:
             prompt = Prompt(task, task.item_fields(item), items, profile)
             example = _example(context, prompt, item.fields[task.y or ""], counts)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from oppu.records import User
+
+log = logging.getLogger(__name__)
 
 
 def digest(value: Any) -> str:
@@ -120,6 +123,24 @@ def lock(path: Path, what: str, wait: bool = False) -> Iterator[None]:
             raise RuntimeError(
                 f"{what} is being written by another run (lock {path}); wait for it or stop it"
             ) from None
+        yield
+
+
+@contextmanager
+def held(folder: Path, users: Sequence[str]) -> Iterator[None]:
+    """Hold these users' places in a folder against other runs, waiting for whoever has them.
+
+    Snakemake's lock does not cover folders it does not know. Byte ranges of one file, taken in order, so that two
+    runs cannot wait for each other; they go with the process, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as f:
+        for place in sorted(int(user[2:], 16) for user in users):
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except OSError:
+                log.warning("another run holds users of %s; waiting for it", folder)
+                fcntl.lockf(f, fcntl.LOCK_EX, 1, place)
         yield
 
 

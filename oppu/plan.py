@@ -161,6 +161,9 @@ class _Steps:
             yield self._trained("base", augmentation, 1, base(seeded(augmentation)[0]), lora, 1)
         for augmentation, peft, history in config.settings:
             setting, what = f"{augmentation}/{peft}/{history}", seeded(augmentation)[0]
+            if peft == "lora" and config.lora(name).start == "pooled" and "pooled" not in config.peft:
+                pooled = f"{augmentation}/pooled/{history}"
+                yield self._trained("personal", pooled, 1, personal(what, "pooled"), config.lora(name), 1)
             if peft in (*OWN, "pooled"):
                 jobs, adapters = (1, 1) if peft == "pooled" else (cohorts, self.users)
                 training = config.training(peft, name)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from oppu.base import model_files
-from oppu.cells import held
-from oppu.files import file_digest, lock, read_base, read_json, read_user, write_if_changed, write_json
+from oppu.files import file_digest, held, lock, read_base, read_json, read_user, write_if_changed, write_json
 from oppu.profiles import extractive, read_lines, sealed, whole
 from oppu.recipe import profile_key
 from oppu.records import InputError, User

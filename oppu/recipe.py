@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oppu.config import TRAININGS, Config, Lora, Training, parse_augmentation
+from oppu.config import CONTROLS, TRAININGS, Config, Lora, Training, parse_augmentation
 from oppu.files import digest
 from oppu.records import User
 from oppu.tasks import Task, tasks
@@ -17,6 +17,8 @@ VERSIONS = {"split": 1, "retrieval": 1, "prompts": 1, "profiles": 1, "examples":
 """Recipe versions, one number per step. Raise one when a step's results change; golden tests notice if you forget."""
 
 RUNTIME = {"tokens_per_batch"}
+START = {"start", "replay"}
+"""Where personal training begins: no part of a recipe's `training`, nor of the key of what began at the start."""
 
 
 def _split_runtime(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -67,7 +69,7 @@ def base_recipe(config: Config, task: str, augmentation: str) -> dict[str, Any]:
 
 def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history: str) -> dict[str, Any]:
     """What the cells of one setting depend on besides data and base: section 3."""
-    training, train_runtime = _split_runtime(config.training(peft, task).model_dump())
+    training, train_runtime = _split_runtime(config.training(peft, task).model_dump(exclude=START))
     generation, generate_runtime = _split_runtime(config.generation.model_dump())
     generation["max_new_tokens"] = generation["max_new_tokens"] or tasks()[task].output_tokens
     if not generation["sample"]:
@@ -78,7 +80,18 @@ def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history
         "training": training if peft != "none" else None,
         "generation": generation,
         "runtime": {"training": train_runtime, "generation": generate_runtime} | _where(config, augmentation),
+        **_start(config, task, peft),
     }
+
+
+def _start(config: Config, task: str, peft: str) -> dict[str, Any]:
+    """Where a setting's personal adapters begin; nothing for `initial`, nor where none is trained."""
+    lora = config.lora(task)
+    if lora.start == "pooled" and peft == "lora":
+        return {"start": {"from": "pooled"}}
+    if lora.start == "previous" and peft not in ("none", *CONTROLS):
+        return {"start": {"from": "previous", "replay": lora.replay}}
+    return {}
 
 
 def profile_recipe(config: Config, task: str) -> dict[str, Any]:
@@ -132,8 +145,11 @@ def base_digest(manifest: dict[str, Any]) -> str:
 def adapter_key(
     recipe: dict[str, Any], manifest: dict[str, Any], user: User, profile: str | None, pool: str | None
 ) -> str:
-    """Key of a personal adapter: everything that determines it (DESIGN: cells are keyed by content)."""
-    known = {k: v for k, v in recipe.items() if k not in {"runtime", "generation"}}
+    """Key of a personal adapter: everything that determines it (DESIGN: cells are keyed by content).
+
+    It is that of an adapter which began at its initial parameters; oppu/warm.py makes the others' from it.
+    """
+    known = {k: v for k, v in recipe.items() if k not in {"runtime", "generation", "start"}}
     return digest(
         {
             "recipe": known,
@@ -155,7 +171,7 @@ def predictions_key(
     adapter: str | None,
 ) -> str:
     """Key of a user's predictions: their queries, what their prompts carry, the adapter, and how answers are made."""
-    known = {k: v for k, v in recipe.items() if k not in {"runtime", "training"}}
+    known = {k: v for k, v in recipe.items() if k not in {"runtime", "training", "start"}}
     data = user.as_json(golds=False)
     return digest(
         {

@@ -220,6 +220,13 @@ def test_every_setting_has_its_steps_and_controls_train_what_they_train(tmp_path
     assert steps["prediction", "random/none/full"].tokens > steps["prediction", "k0/none/full"].tokens
 
 
+def test_the_pooled_adapter_that_others_begin_at_is_planned_once(tmp_path):
+    for peft in (["lora"], ["lora", "pooled"]):
+        config = small(tmp_path, augmentations=["k0"], peft=peft, benchmark=True, personal={"start": "pooled"})
+        trained = sorted(step.setting for step in make_plan(config, H100).steps if step.step == "personal")
+        assert trained == ["k0/lora/full", "k0/pooled/full"]
+
+
 def test_longer_prompts_batches_and_epochs_cost_more(tmp_path):
     def cost(**values: object) -> float:
         found = make_plan(small(tmp_path, **values), H100)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from oppu.bank import LoraBank
 from oppu.config import Lora
+from oppu.records import InputError
 from oppu.rows import Example, plan
 from oppu.training import Trained, train
 from tests.oracle import distance, train_alone
@@ -75,6 +76,56 @@ def test_order_company_and_budget_change_nothing(dtype: torch.dtype) -> None:
     for adapters, _ in others:
         for user, adapter in adapters.items():
             assert distance(adapter, together[user]) < BOUND[dtype]
+
+
+class Short:
+    """A model that runs out of memory above so many tokens, in the forward pass or in the backward pass."""
+
+    def __init__(self, model: PreTrainedModel, room: int, backward: bool) -> None:
+        self.room, self.backward, self.checkpoints, self.refused = room, backward, 0, 0
+        layer = model.get_decoder().layers[0]
+        self.handles = [model.register_forward_pre_hook(self.enter, with_kwargs=True)]
+        self.handles.append(layer.register_forward_hook(self.leave))
+        self.layer = layer
+
+    def enter(self, _: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        spared = 2 if "forward" in vars(self.layer) else 1
+        self.checkpoints += spared - 1
+        self.over = kwargs["input_ids"].numel() > self.room * spared
+        if self.over and not self.backward:
+            self.fail()
+
+    def leave(self, _: object, args: object, out: Tensor) -> None:
+        if self.over and self.backward and out.requires_grad:
+            out.register_hook(lambda _: self.fail())
+
+    def fail(self) -> None:
+        self.refused += 1
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_running_out_of_memory_changes_nothing(backward: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, users = tiny_llama(torch.float64), [0, 1, 3]
+    plain, _ = cohort(model, settings(dropout=0.3, tokens_per_batch=100_000), users)
+    for room, spared in ((100, False), (50, True)):
+        short = Short(model, room, backward)
+        adapters, results = cohort(model, settings(dropout=0.3, tokens_per_batch=100_000), users)
+        short.close()
+        assert short.refused
+        assert (short.checkpoints > 0) == spared
+        assert all(one.error is None for one in results)
+        for user, adapter in adapters.items():
+            assert distance(adapter, plain[user]) < 1e-12
+    assert "from here on at most" in caplog.text
+    short = Short(model, 10, backward)
+    with pytest.raises(InputError, match=r"an example of .* does not fit into memory"):
+        cohort(model, settings(), users)
+    short.close()
 
 
 def test_the_same_run_gives_the_same_bits() -> None:

@@ -13,6 +13,7 @@ rule recipe:
 
 
 # Trains and predicts the stale users of a cohort; users/{user}/ is not declared, so nothing finished is ever deleted.
+# With several processes (a profile's set-resources) each makes a share of the users; base and pooled train in one.
 rule cells:
     input:
         histories=members,
@@ -32,6 +33,7 @@ rule cells:
     resources:
         mem_mb=4000,
         gpu=GPU,
+        processes=1,
     params:
         base_users=lambda w: f"{SPLIT}/base.jsonl".format(**w),
         users=lambda w: f"{SPLIT}/users.json".format(**w),
@@ -39,7 +41,8 @@ rule cells:
         profiles=lambda w: PROFILES.format(**w),
     shell:
         "oppu cells {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {params.base_users:q}"
-        " --users {params.users:q} --profiles {params.profiles:q} --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
+        " --users {params.users:q} --profiles {params.profiles:q} --mended {params.mended:q}"
+        " --processes {resources.processes} {input.histories:q} > {log:q} 2>&1"
 
 
 # The control `pooled`: one adapter for all test users. It lies in the setting's folder; no user's cell holds it.

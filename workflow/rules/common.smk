@@ -179,10 +179,12 @@ def profile_model(w):
 
 
 def borrowed(w):
-    "What cells answer with that they do not train: the controls take other adapters (oppu/cells.py, source_of)."
+    "Adapters that cells answer with or begin at and do not train (oppu/cells.py, source_of and start_of)."
     if w.peft == "swapped":
         return cohorts(w.task, f"{w.augmentation}/lora/{w.history}")
-    return [f"{TASK}/{w.augmentation}/pooled/{w.history}/pooled.json".format(task=w.task)] if w.peft == "pooled" else []
+    begun = w.peft == "lora" and CONFIG.lora(w.task).start == "pooled"
+    pooled = f"{TASK}/{w.augmentation}/pooled/{w.history}/pooled.json".format(task=w.task)
+    return [pooled] if w.peft == "pooled" or begun else []
 
 
 def base_users(w):
