@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 from oppu.records import Item
@@ -45,7 +46,13 @@ def one_line(text: str) -> str:
 
 def ids(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
     """Token ids of a text, with the tokenizer's own beginning-of-text token when it has one."""
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
+    return list(_ids(tokenizer, text, special))
+
+
+@lru_cache(maxsize=8)
+def _ids(tokenizer: Tokenizer, text: str, special: bool) -> tuple[int, ...]:
+    """A prompt is asked for twice in a row, to see whether it fits and as what is learned; tokenising is all the cost."""
+    return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def shorten(tokenizer: Tokenizer, text: str, excess: int) -> tuple[str, int]:
