@@ -18,6 +18,10 @@ class Tokenizer(Protocol):
         """`input_ids`, and with `return_offsets_mapping` each token's (start, end) in the text."""
         ...
 
+    def __hash__(self) -> int:
+        """Tokenizers are told apart by identity."""
+        ...
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -51,7 +55,7 @@ def ids(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _ids(tokenizer: Tokenizer, text: str, special: bool) -> tuple[int, ...]:
-    """A prompt is asked for twice in a row, to see whether it fits and as what is learned; tokenising is all the cost."""
+    """A prompt is asked for twice in a row: to see whether it fits, and as what is learned."""
     return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
