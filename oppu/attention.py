@@ -1,23 +1,30 @@
-"""What packed rows ask of a model's attention: its windows kept by true positions, or the model refused."""
+"""Attention over a packed line of tokens, as if each example stood alone: in blocks of like size, or by one mask."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oppu.packing import Packed
 from oppu.records import InputError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+BLOCKS = "oppu_blocks"
 
 
 def windows(model: PreTrainedModel) -> dict[str, int | None]:
     """The kinds of attention layers the model has, and how many tokens back each sees (None: all of them).
 
-    Raises InputError for a model whose layers mix what stands side by side in a packed row: it would train wrong.
+    Raises InputError for a model whose layers mix what stands side by side in a packed line: it would train wrong.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -36,29 +43,175 @@ def windows(model: PreTrainedModel) -> dict[str, int | None]:
     return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
 
 
-def check_packing(model: PreTrainedModel) -> None:
-    """Raise InputError unless packed rows can be trained with this model as if each example stood alone."""
-    if len(windows(model)) == 1:
-        return
-    one = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    mask = _as_wanted(model, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device))
+@dataclass
+class Block:
+    """B spans of like size: attention runs on them as on a padded batch, each with a copy of its prefix's keys."""
+
+    queries: Tensor
+    """[B, Q] tokens; a span shorter than Q repeats its last."""
+    keys: Tensor
+    """[B, K] tokens: the prefix, then the span itself."""
+    places: Tensor
+    """[B, Q, 1] how many of its keys a query sees, less one: its true position."""
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """[B, 1, Q, K] bool: True where a query sees a key."""
+        if window not in self.masks:
+            back = self.places - torch.arange(self.keys.shape[1], device=self.keys.device)
+            self.masks[window] = (back >= 0 if window is None else (back >= 0) & (back < window))[:, None]
+        return self.masks[window]
+
+
+@dataclass
+class Layout:
+    """A packed line's blocks. `order` [N] is where each token stands in all blocks' queries, one after the other."""
+
+    blocks: list[Block]
+    order: Tensor
+    inner: str
+    """The attention that runs within a block: the model's own."""
+    seen: list[int | None] = field(default_factory=list)
+    """The window of each layer that has asked."""
+
+
+def layout_of(spans: Tensor, inner: str, device: torch.device) -> Layout:
+    """A packed line's spans [S, 4] in blocks in which no row is padded by half its size."""
+    sizes = torch.stack([spans[:, 1], spans[:, 1] + spans[:, 3]], 1)
+    steps = (2 * sizes.double().log2()).ceil()  # two sizes of blocks per doubling
+    blocks, order, offset = [], torch.empty(int(spans[:, 1].sum()), dtype=torch.long), 0
+    for step in steps.unique(dim=0):
+        start, length, prefix_start, prefix = spans[(steps == step).all(1)].unsqueeze(-1).unbind(1)
+        within = torch.arange(int(length.max()))
+        places = within.minimum(length - 1)
+        k = torch.arange(int((length + prefix).max())).minimum(length + prefix - 1)
+        keys = torch.where(k < prefix, prefix_start + k, start + k - prefix)
+        real = within < length
+        order[(start + places)[real]] = offset + real.flatten().nonzero().squeeze(-1)
+        offset += real.numel()
+        parts = (start + places, keys, (prefix + places).unsqueeze(-1))
+        queries, keys, places = (part.to(device, non_blocking=True) for part in parts)
+        blocks.append(Block(queries, keys, places))
+    return Layout(blocks, order.to(device, non_blocking=True), inner)
+
+
+class Gather(torch.autograd.Function):
+    """x [N, H, d] at index [B, L] -> [B, L, H, d]; backward adds in a fixed order, on a GPU too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        """Copy the rows."""
+        ctx.save_for_backward(index)
+        ctx.size = x.shape
+        return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Add the gradients of a row's copies."""
+        (index,) = ctx.saved_tensors
+        total, flat = grads[0].new_zeros(ctx.size), grads[0].flatten(0, 1)
+        if total.is_cuda:  # index_add_ has no fixed order there
+            return total.index_put_((index.flatten(),), flat, accumulate=True), None
+        return total.index_add_(0, index.flatten(), flat), None
+
+
+_layouts: list[Layout] = []
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: query, key, value [1, H, N, d] -> [1, N, H, d], block by block."""
+    layout, window = _layouts[-1], more.get("sliding_window")
+    layout.seen.append(window)
+    inner = _inner(module, layout.inner)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    parts = []
+    for block in layout.blocks:
+        rows = [
+            Gather.apply(x, index).transpose(1, 2)
+            for x, index in ((q, block.queries), (k, block.keys), (v, block.keys))
+        ]
+        mask = _as_wanted(block.mask(window), layout.inner, query.dtype)
+        parts.append(inner(module, *rows, mask, **more)[0].flatten(0, 1))
+    return torch.cat(parts).index_select(0, layout.order).unsqueeze(0), None
+
+
+AttentionInterface.register(BLOCKS, _attend)
+
+
+def _inner(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
+    """The model's own attention function; eager ones are written beside the model, with its own soft caps and sinks."""
+    if name == "eager":
+        found: Callable[..., tuple[Tensor, Any]] = sys.modules[type(module).__module__].eager_attention_forward
+        return found
+    return ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _as_wanted(mask: Tensor, inner: str, dtype: torch.dtype) -> Tensor:
+    """Eager attention adds its mask to the scores; the others take it as it is."""
+    if inner != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@contextlib.contextmanager
+def in_blocks(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
+    """Within the block, the model's attention runs over a packed line with this layout; backward may come after it."""
+    config = model.config.get_text_config()
+    config._attn_implementation = BLOCKS
+    _layouts.append(layout)
     try:
-        with torch.no_grad():
-            model(input_ids=one, attention_mask={FULL: mask, SLIDING: mask}, use_cache=False)
-    except (AttributeError, TypeError) as error:
-        name = type(model).__name__
-        raise InputError([f"{name} takes no mask per kind of layer; packed training cannot keep its window"]) from error
+        yield
+    finally:
+        _layouts.pop()
+        config._attn_implementation = layout.inner
+
+
+def takes_blocks(model: PreTrainedModel) -> bool:
+    """Whether every layer's attention goes through transformers' attention interface and says its window.
+
+    Else the line gets one mask, which costs N^2. Raises InputError where that would be wrong too.
+    """
+    wanted = windows(model)
+    config = model.config.get_text_config()
+    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    spans = torch.tensor([[0, 1, 0, 0]])
+    layout = layout_of(spans, config._attn_implementation, model.device)
+    with contextlib.suppress(AttributeError, TypeError), torch.no_grad(), in_blocks(model, layout):
+        model(input_ids=one, position_ids=one, attention_mask=None, use_cache=False)
+    if len(layout.seen) == config.num_hidden_layers and set(layout.seen) == set(wanted.values()):
+        return True
+    if len(wanted) > 1:
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+        try:
+            with torch.no_grad():
+                model(input_ids=one, attention_mask={FULL: mask, SLIDING: mask}, use_cache=False)
+        except (AttributeError, TypeError) as error:
+            name = type(model).__name__
+            raise InputError(
+                [f"{name} takes no mask per kind of layer; packed training cannot keep its window"]
+            ) from error
+    return False
 
 
 def attention_mask(model: PreTrainedModel, packed: Packed) -> Tensor | dict[str, Tensor]:
-    """The packed batch's mask as the model takes it, [R, 1, T, T]; one per kind where its layers differ."""
-    masks = {kind: _as_wanted(model, packed.mask_within(window)) for kind, window in windows(model).items()}
+    """A packed line's mask for a model that takes no blocks, [1, 1, N, N]; one per kind where its layers differ."""
+    config = model.config.get_text_config()
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
+    masks = {
+        kind: _as_wanted(packed.mask(window), config._attn_implementation, dtype)
+        for kind, window in windows(model).items()
+    }
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _as_wanted(model: PreTrainedModel, mask: Tensor) -> Tensor:
-    """Eager attention adds its mask to the scores; the others take it as it is."""
-    if model.config.get_text_config()._attn_implementation != "eager":
-        return mask
-    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+@contextlib.contextmanager
+def attention_over(model: PreTrainedModel, packed: Packed, blocks: bool) -> Iterator[Tensor | dict[str, Tensor] | None]:
+    """Within the block, the model may run over the packed line; yields the attention_mask it must be given."""
+    if not blocks:
+        yield attention_mask(model, packed)
+        return
+    inner = model.config.get_text_config()._attn_implementation
+    with in_blocks(model, layout_of(packed.spans, inner, packed.input_ids.device)):
+        yield None

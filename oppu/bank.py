@@ -1,7 +1,8 @@
-"""A bank of personal adapters: many users' LoRA parameters (section 2.3) over one frozen base model.
+"""A bank of personal adapters: many users' PEFT parameters (section 2.3) over one frozen base model.
 
-One matrix [U, P] holds all users; a user's adapter is a row. Hooks on the frozen Linear layers add to each token the
-delta of that token's own user, so one forward pass serves many users and no user's parameters meet another's tokens.
+One matrix [U, P] holds all users; a user's adapter is a row. Hooks on the frozen layers apply to each token the
+parameters of that token's own user, so one forward pass serves many users and no user's parameters meet another's
+tokens. Here: what all kinds share, and LoRA; the other kinds are in oppu/banks.py.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -29,66 +31,70 @@ from oppu.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, default_targets, sizes_
 from oppu.records import InputError
 
 State = dict[str, Tensor]
+PREFIX = "base_model.model."
+"""PEFT's name of the base model, before the name of a layer."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Active:
-    """Whose adapters the hooks apply: one (A [G, r, in], B [G, out, r]) per layer, for G groups of tokens.
+    """Whose adapters the hooks apply: `parts` are the parameters [G, …] of G groups of tokens, by PEFT's names.
 
     With `ends` [G] (int32) the batch is packed: group g is the tokens up to ends[g] of the flattened batch. Without,
     group g is row g of the batch. `keys` [N] are the tokens' dropout keys; None: no dropout.
     """
 
-    layers: dict[str, tuple[Tensor, Tensor]]
+    parts: dict[str, Tensor]
     ends: Tensor | None
     keys: Tensor | None
+    _groups: dict[int, Tensor] = field(default_factory=dict)
+
+    def groups(self, tokens: int) -> Tensor:
+        """The group of each of the packed batch's tokens, [N]."""
+        assert self.ends is not None
+        if tokens not in self._groups:
+            order = torch.arange(tokens, dtype=self.ends.dtype, device=self.ends.device)
+            self._groups[tokens] = torch.searchsorted(self.ends, order, right=True)
+        return self._groups[tokens]
 
 
-class LoraBank:
-    """U users' LoRA adapters over one frozen model.
+class Bank:
+    """U users' adapters of one kind over one frozen model. A kind adds its parameters' shapes and hooks.
 
-    All users begin with the same parameters (A drawn from `seed` as PEFT draws it, B zero), so that their adapters
-    can be compared (appendix G). Parameters are float32, or float64 when the model is.
+    All users begin with the same parameters, drawn from `seed` as PEFT draws them, so that their adapters can be
+    compared (appendix G). Parameters are float32, or float64 when the model is.
     """
 
-    def __init__(self, model: PreTrainedModel, lora: Lora, users: int, seed: int) -> None:
-        """Add the hooks. Raises InputError for targets that the model lacks, ValueError where rank is unset."""
-        if lora.rank is None:
-            raise ValueError("LoraBank: lora.rank is unset; take it from Config.lora(task)")
-        self.rank = lora.rank
-        self.alpha = float(lora.rank if lora.alpha is None else lora.alpha)
-        self.dropout = lora.dropout
-        self.target_modules = sorted(lora.target_modules or default_targets(model))
-        linears = target_linears(model, self.target_modules)
-        self.transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
-        self.shapes: dict[str, tuple[int, int]] = {}
-        for name, linear in linears.items():
-            inner, outer = sizes_of(linear)
-            self.shapes[f"{name}.lora_A"] = (self.rank, inner)
-            self.shapes[f"{name}.lora_B"] = (outer, self.rank)
-        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
+    kind: ClassVar[str]
+    """PEFT's name of the kind."""
+    rounded: ClassVar[bool] = True
+    """Whether the hooks take the parameters in the model's dtype; else in their own."""
+    dropout: float = 0.0
+
+    def __init__(self, model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], users: int, seed: int) -> None:
+        self.shapes = shapes
+        self.sizes = [math.prod(shape) for shape in shapes.values()]
         embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         self.dtype: torch.dtype = embedding.dtype
+        generator = torch.Generator().manual_seed(seed)
+        # Drawn on the CPU, in the model's order of layers.
+        start = torch.cat([self._initial(name, shape, generator).flatten() for name, shape in shapes.items()])
         exact = torch.promote_types(self.dtype, torch.float32)
-        start = self._initial(seed).to(device=embedding.device, dtype=exact)
-        self.weights = start.repeat(users, 1)
+        self.weights = start.to(device=embedding.device, dtype=exact).repeat(users, 1)
         self.grads: dict[int, Tensor] = {}
         self.active: Active | None = None
-        self._handles: list[RemovableHandle] = [
-            linear.register_forward_hook(partial(self._add_delta, number, name))
-            for number, (name, linear) in enumerate(linears.items())
-        ]
+        self._handles: list[RemovableHandle] = []
 
-    def _initial(self, seed: int) -> Tensor:
-        """The parameters that every user begins with, [P]: drawn on the CPU, in the model's order of layers."""
-        generator = torch.Generator().manual_seed(seed)
-        parts = []
-        for name, shape in self.shapes.items():
-            part = torch.zeros(shape)
-            if name.endswith(".lora_A"):
-                nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator)
-            parts.append(part.flatten())
-        return torch.cat(parts)
+    def _initial(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """What one parameter begins with."""
+        raise NotImplementedError
+
+    def peft_config(self) -> PeftConfig:
+        """PEFT's own settings of these adapters."""
+        raise NotImplementedError
+
+    def problems(self, config: dict[str, Any]) -> list[str]:
+        """What an adapter_config.json says that its tensors do not show and that is not so in this bank."""
+        return []
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -105,14 +111,10 @@ class LoraBank:
         """
         if self.active is not None:
             raise RuntimeError("the bank is in use; blocks do not nest")
-        rows = self.weights[users].requires_grad_(torch.is_grad_enabled())
-        parts = [
-            part.view(-1, *shape)
-            for part, shape in zip(rows.to(self.dtype).split(self.sizes, 1), self.shapes.values(), strict=True)
-        ]
-        names = [name.removesuffix(".lora_A") for name in self.shapes if name.endswith(".lora_A")]
-        layers = dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
-        self.active = Active(layers, ends, keys)
+        rows = self.weights[users.to(self.weights.device, non_blocking=True)].requires_grad_(torch.is_grad_enabled())
+        split = (rows.to(self.dtype) if self.rounded else rows).split(self.sizes, 1)
+        parts = {n: part.view(-1, *shape) for part, (n, shape) in zip(split, self.shapes.items(), strict=True)}
+        self.active = Active(parts, ends, keys)
         try:
             yield
         finally:
@@ -122,43 +124,26 @@ class LoraBank:
             for user, grad in zip(users.tolist(), rows.grad, strict=True):
                 self.grads[user] = self.grads[user] + grad if user in self.grads else grad
 
-    def _add_delta(self, number: int, name: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Forward hook of one layer: x W + alpha/r x A^T B^T, each token with its own user's A and B."""
-        if self.active is None:
-            return out
-        x, ends = args[0], self.active.ends
-        a, b = (part.mT.to(x.dtype) for part in self.active.layers[name])
-        if ends is None:
-            hidden = torch.bmm(x, a) * (self.alpha / self.rank)
-            return out + torch.bmm(hidden, b).to(out.dtype)
-        x = x.flatten(0, -2)
-        if self.active.keys is not None:
-            keep = kept(self.active.keys, number, x.shape[-1], self.dropout)
-            x = x * keep.to(x.dtype) / (1 - self.dropout)
-        hidden = grouped(x, a, ends) * (self.alpha / self.rank)
-        return out + grouped(hidden, b, ends).view(out.shape).to(out.dtype)
-
     def state_dict(self, user: int) -> State:
         """A user's adapter by PEFT's names, on the CPU."""
         parts = self.weights[user].detach().cpu().split(self.sizes)
         named = zip(self.shapes.items(), parts, strict=True)
-        return {_peft(name): part.reshape(shape).clone() for (name, shape), part in named}
+        return {name: part.reshape(shape).clone() for (name, shape), part in named}
 
     def load(self, user: int, state: State) -> None:
         """Make `state` a user's adapter; ValueError where names or shapes differ from the bank's."""
         if problems := self.mismatches(state):
             raise ValueError("; ".join(problems))
-        flat = torch.cat([state[_peft(name)].flatten() for name in self.shapes])
+        flat = torch.cat([state[name].flatten() for name in self.shapes])
         self.weights[user] = flat.to(self.weights)
 
     def mismatches(self, state: State) -> list[str]:
         """Why an adapter does not fit this bank: names that differ, shapes that differ; empty when it fits."""
-        expected = {_peft(name): shape for name, shape in self.shapes.items()}
-        problems = [f"{name} is missing" for name in expected if name not in state]
-        problems += [f"{name} has no layer" for name in state if name not in expected]
+        problems = [f"{name} is missing" for name in self.shapes if name not in state]
+        problems += [f"{name} has no layer" for name in state if name not in self.shapes]
         problems += [
             f"{name} is {tuple(state[name].shape)}, not {shape}"
-            for name, shape in expected.items()
+            for name, shape in self.shapes.items()
             if name in state and tuple(state[name].shape) != shape
         ]
         return problems
@@ -170,8 +155,69 @@ class LoraBank:
         self._handles.clear()
 
 
-def _peft(name: str) -> str:
-    return f"base_model.model.{name}.weight"
+class LoraBank(Bank):
+    """LoRA: A drawn as PEFT draws it, B zero, so that all begin at the base model."""
+
+    kind = "LORA"
+
+    def __init__(self, model: PreTrainedModel, lora: Lora, users: int, seed: int) -> None:
+        """Add the hooks. Raises InputError for targets that the model lacks, ValueError where rank is unset."""
+        if lora.rank is None:
+            raise ValueError("LoraBank: lora.rank is unset; take it from Config.lora(task)")
+        self.rank = lora.rank
+        self.alpha = float(lora.rank if lora.alpha is None else lora.alpha)
+        self.dropout = lora.dropout
+        self.target_modules = sorted(lora.target_modules or default_targets(model))
+        linears = target_linears(model, self.target_modules)
+        self.transposed = any(isinstance(linear, Conv1D) for linear in linears.values())
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, linear in linears.items():
+            inner, outer = sizes_of(linear)
+            shapes[f"{PREFIX}{name}.lora_A.weight"] = (self.rank, inner)
+            shapes[f"{PREFIX}{name}.lora_B.weight"] = (outer, self.rank)
+        super().__init__(model, shapes, users, seed)
+        self._handles = [
+            linear.register_forward_hook(partial(self._add_delta, number, name))
+            for number, (name, linear) in enumerate(linears.items())
+        ]
+
+    def _initial(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        part = torch.zeros(shape)
+        if name.endswith(".lora_A.weight"):
+            nn.init.kaiming_uniform_(part, a=math.sqrt(5), generator=generator)
+        return part
+
+    def peft_config(self) -> LoraConfig:
+        """PEFT's own settings of these adapters."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            fan_in_fan_out=self.transposed,
+        )
+
+    def problems(self, config: dict[str, Any]) -> list[str]:
+        """Rank and alpha that are not the bank's: the scale stands in no tensor."""
+        if (scale := (config.get("r"), config.get("lora_alpha"))) == (self.rank, self.alpha):
+            return []
+        return [f"r and lora_alpha are {scale}, not {(self.rank, self.alpha)}"]
+
+    def _add_delta(self, number: int, name: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Forward hook of one layer: x W + alpha/r x A^T B^T, each token with its own user's A and B."""
+        if self.active is None:
+            return out
+        x, ends = args[0], self.active.ends
+        a, b = (self.active.parts[f"{PREFIX}{name}.lora_{part}.weight"].mT.to(x.dtype) for part in "AB")
+        if ends is None:
+            hidden = torch.bmm(x, a) * (self.alpha / self.rank)
+            return out + torch.bmm(hidden, b).to(out.dtype)
+        x = x.flatten(0, -2)
+        if self.active.keys is not None:
+            keep = kept(self.active.keys, number, x.shape[-1], self.dropout)
+            x = x * keep.to(x.dtype) / (1 - self.dropout)
+        hidden = grouped(x, a, ends) * (self.alpha / self.rank)
+        return out + grouped(hidden, b, ends).view(out.shape).to(out.dtype)
 
 
 def grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -207,7 +253,7 @@ def kept(keys: Tensor, layer: int, width: int, rate: float) -> Tensor:
     return mix(keys[:, None] + features * GOLDEN) & 0xFFFFFFFF >= rate * 2**32
 
 
-def save_adapter(folder: Path, bank: LoraBank, user: int, base_name: str) -> None:
+def save_adapter(folder: Path, bank: Bank, user: int, base_name: str) -> None:
     """Write a user's adapter in PEFT's own format: the same adapter gives the same bytes.
 
     `base_name` names the merged base model that the adapter belongs to: on the raw one it would be silently wrong.
@@ -215,39 +261,31 @@ def save_adapter(folder: Path, bank: LoraBank, user: int, base_name: str) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors' save_file writes through a temporary file of its own mode; the bytes are written plainly here.
     (folder / ADAPTER_WEIGHTS).write_bytes(save(bank.state_dict(user), metadata={"format": "pt"}))
-    alpha = int(bank.alpha) if bank.alpha.is_integer() else bank.alpha
-    config = LoraConfig(
-        r=bank.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=bank.dropout,
-        target_modules=bank.target_modules,
-        fan_in_fan_out=bank.transposed,
-        base_model_name_or_path=base_name,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    # PEFT keeps the targets as a set, whose order differs between runs.
-    config.target_modules = bank.target_modules
+    config = bank.peft_config()
+    config.base_model_name_or_path, config.task_type, config.inference_mode = base_name, "CAUSAL_LM", True
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # layers, whose order differs between runs
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(folder))
 
 
-def load_adapter(folder: Path, bank: LoraBank | None = None) -> State:
+def load_adapter(folder: Path, bank: Bank | None = None) -> State:
     """A saved adapter's tensors by PEFT's names.
 
-    Raises InputError when the folder holds no whole LoRA adapter, and, given a bank, when names, shapes, rank or
-    alpha are not the bank's.
+    Raises InputError when the folder holds no whole adapter, and, given a bank, when the adapter's kind, names, shapes,
+    rank or alpha are not the bank's.
     """
     try:
         state = load_file(folder / ADAPTER_WEIGHTS)
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError([f"{folder}: not an adapter: {error}"]) from error
-    ranks = {t.shape[0] if ".lora_A." in name else t.shape[-1] for name, t in state.items()}
-    problems = [] if ranks == {config.get("r")} else [f"adapter_config.json says r {config.get('r')}, tensors {ranks}"]
+    if bank is not None and (kind := config.get("peft_type")) != bank.kind:
+        raise InputError([f"{folder}: is an adapter of kind {kind}, not {bank.kind}"])
+    ranks = {t.shape[0] if ".lora_A." in name else t.shape[-1] for name, t in state.items() if ".lora_" in name}
+    problems = [] if ranks <= {config.get("r")} else [f"adapter_config.json says r {config.get('r')}, tensors {ranks}"]
     if bank is not None:
-        problems += bank.mismatches(state)
-        if (scale := (config.get("r"), config.get("lora_alpha"))) != (bank.rank, bank.alpha):
-            problems.append(f"r and lora_alpha are {scale}, not {(bank.rank, bank.alpha)}")
+        problems += bank.mismatches(state) + bank.problems(config)
     if problems:
         raise InputError([f"{folder}: {problem}" for problem in problems])
     return state

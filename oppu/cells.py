@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from oppu import recipe as keys
+from oppu.config import OWN
 from oppu.files import digest, file_digest, folder_digests, read_base, read_json, write_json
 from oppu.profiles import profile_of
 from oppu.records import InputError, Item, User
@@ -90,8 +91,8 @@ def pool_of(base_users: Path, recipe: dict[str, Any]) -> list[Item] | None:
 def source_of(setting: Path, peft: str, user: str, users: Sequence[str]) -> Path:
     """The folder whose adapter/ answers a user's queries in a setting; `users` are all test users of the task.
 
-    `lora`: the user's own cell. `pooled`: the setting. `swapped`: the lora cell of the next user in the order of the
-    keys, which are hashes: each user lends one adapter and borrows one.
+    A kind of its own: the user's cell. `pooled`: the setting. `swapped`: the lora cell of the next user in the order of
+    the keys, which are hashes: each user lends one adapter and borrows one.
     """
     if peft == "pooled":
         return setting
@@ -138,7 +139,7 @@ def open_cell(
     wanted: dict[str, str] = {}
     record = read_record(folder)
     adapter, lesson = lent, None
-    if recipe["peft"] == "lora":
+    if recipe["peft"] in OWN:
         key_of = partial(_adapter_key, recipe, manifest, profile, pool)
         lesson = _lesson(folder, record, recipe, user, key_of, lent)
         adapter = wanted["adapter"] = lesson.key

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from oppu.bank import LoraBank, load_adapter, save_adapter
+from oppu.bank import Bank, load_adapter, save_adapter
+from oppu.banks import bank_for
 from oppu.config import Generation, parse_augmentation
 from oppu.encoder import Encoder
 from oppu.examples import Context, history_examples, query_prompts
 from oppu.generation import generate
 from oppu.models import load_base, load_tokenizer
-from oppu.recipe import base_digest, lora_of
+from oppu.recipe import base_digest, training_of
 from oppu.records import Item, User
 from oppu.retrieval import Search
-from oppu.rows import Example, plan
+from oppu.rows import Example, plan, virtual
 from oppu.seeds import seed_of, seed_text
 from oppu.tasks import tasks
 from oppu.training import train
@@ -45,6 +46,7 @@ def context_of(
         seed=recipe["seed"],
         pool=pool,
         search=Search(recipe["query"] or "prompt", Encoder(encoder, device) if encoder else None),
+        lead=virtual(recipe["training"]["virtual_tokens"]) if recipe.get("peft") == "prompt" else (),
     )
 
 
@@ -109,11 +111,11 @@ class Cohort:
             **model, **loading_of(recipe), device=self.accelerator.device, task_adapter=base / "adapter"
         )
         self.context = context_of(recipe, self.tokenizer, pool, self.accelerator.device)
-        self.bank: LoraBank | None = None
+        self.bank: Bank | None = None
         if recipe["peft"] != "none":
-            self.lora = lora_of(recipe)
+            self.lora = training_of(recipe)
             seed = seed_of(recipe["seed"], self.context.task.name, *self._setting, "initial parameters")
-            self.bank = LoraBank(self.model, self.lora, len(self.adapters), seed)
+            self.bank = bank_for(self.model, self.lora, len(self.adapters), seed)
 
     @property
     def _setting(self) -> tuple[str, str, str]:
@@ -122,7 +124,7 @@ class Cohort:
     def load(self, key: str, folder: Path) -> None:
         """Take a user's adapter as it was trained before: to answer with, or to go on from."""
         assert self.bank is not None
-        self.bank.load(self.row[key], load_adapter(folder))
+        self.bank.load(self.row[key], load_adapter(folder, self.bank))
 
     def save(self, adapter: str, folder: Path) -> None:
         """Write an adapter as a plain PEFT folder."""

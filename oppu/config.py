@@ -13,6 +13,8 @@ from oppu.tasks import Closed, tasks
 
 AUGMENTATION = re.compile(r"(?P<profile>profile-)?(?:(?P<other>recency|dense)-(?=k[1-9]))?k(?P<k>\d+)|random")
 AUGMENTATIONS = "k0, k1, …, random, profile-k0, profile-k1, …, recency-k1, …, dense-k1, …"
+OWN = ("lora", "ia3", "prompt")
+"""PEFT words of a user's own adapter: low-rank matrices, scaled activations, and virtual tokens before the prompt."""
 CONTROLS = ("pooled", "swapped")
 """PEFT words of adapters that are not the user's own: one trained on all test users' histories, and another user's."""
 Positive = Annotated[int, Field(gt=0)]
@@ -69,22 +71,16 @@ class Model(Closed):
         description="weights that exist only as pickled .bin files are read once (torch.load, weights_only) and written"
         " as safetensors; false: refused",
     )
-    quantization: Literal["8bit", "4bit"] | None = Field(
-        None, description="load the frozen base in 8 or 4 bits (needs the extra `quantization`: bitsandbytes)"
-    )
-
-
-class Lora(Closed):
-    """Settings of one LoRA training."""
-
-    rank: Positive | None = Field(None, description="r; null: the task's own (Table 4)")
-    alpha: float | None = Field(None, description="LoRA's alpha; null: the rank, so a scale of 1")
-    dropout: Rate = Field(0.0, description="dropout on the LoRA branch")
-    target_modules: list[str] | None = Field(
+    quantization: Literal["8bit", "4bit", "fp8"] | None = Field(
         None,
-        min_length=1,
-        description="layers it is added to, by name; null: the query and value projections, found per architecture",
+        description="load the frozen base in 8 or 4 bits (needs the extra `quantization`: bitsandbytes); fp8: 8-bit"
+        " floats, computed with as such (CUDA from compute capability 8.9 on)",
     )
+
+
+class Training(Closed):
+    """What trains an adapter of any kind."""
+
     epochs: Positive | None = Field(None, description="passes over the examples; null: the task's own")
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: the task's own")
     weight_decay: float | None = Field(None, ge=0, description="AdamW's weight decay ('R2 reg.'); null: the task's own")
@@ -96,7 +92,63 @@ class Lora(Closed):
         0.1, description="share of the steps over which the learning rate rises; then it falls linearly"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm, per user")
-    tokens_per_batch: Positive = Field(8192, description="tokens of one forward pass; does not change results")
+    tokens_per_batch: Positive | None = Field(
+        None, description="tokens of one forward pass; null: found from free memory. Does not change results"
+    )
+
+
+class Lora(Training):
+    """Settings of one LoRA training."""
+
+    rank: Positive | None = Field(None, description="r; null: the task's own (Table 4)")
+    alpha: float | None = Field(None, description="LoRA's alpha; null: the rank, so a scale of 1")
+    dropout: Rate = Field(0.0, description="dropout on the LoRA branch")
+    target_modules: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="layers it is added to, by name; null: the query and value projections, found per architecture",
+    )
+
+
+class Own(Closed):
+    """What a kind of adapter other than LoRA has of its own; all else is as in `personal`."""
+
+    epochs: Positive | None = Field(None, description="passes over the examples; null: as in `personal`")
+    batch_size: Positive | None = Field(None, description="examples per optimiser step; null: as in `personal`")
+
+
+class Ia3(Own):
+    """(IA)3: learned vectors scale keys, values and the input of the down projection."""
+
+    # PEFT's guide to (IA)3 with AdamW; T-Few has 3e-3 with Adafactor.
+    lr: float = Field(8e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's; it pulls to 0, while a scale of 1 changes nothing")
+    target_modules: list[str] | None = Field(
+        None, min_length=1, description="layers that are scaled, by name; null: k_proj, v_proj and down_proj, or PEFT's"
+    )
+    feedforward_modules: list[str] | None = Field(
+        None, description="those of them whose input is scaled, not the output; null: down_proj, or PEFT's"
+    )
+
+
+class VirtualPrompt(Own):
+    """Prompt tuning: learned virtual tokens before every prompt, counted in `model.max_length`."""
+
+    virtual_tokens: Positive = Field(20, description="their number; 20 are .001 % of Llama-2-7B, the paper's share")
+    init: Literal["random", "vocabulary"] = Field(
+        "random", description="they begin as normal noise (PEFT's default), or as embeddings of tokens drawn at random"
+    )
+    # PEFT's guide to prompt tuning of causal models, with AdamW.
+    lr: float = Field(3e-2, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+
+
+class Ia3Training(Ia3, Training):
+    """All settings of one (IA)3 training."""
+
+
+class PromptTraining(VirtualPrompt, Training):
+    """All settings of one prompt tuning."""
 
 
 class Base(Lora):
@@ -105,6 +157,10 @@ class Base(Lora):
     examples: Literal["queries", "queries+history"] = Field(
         "queries", description="what the base learns from: base users' queries (the paper), or their histories too"
     )
+
+
+TRAININGS: dict[str, type[Training]] = {"ia3": Ia3Training, "prompt": PromptTraining}
+"""PEFT word -> its settings; all others are LoRA's."""
 
 
 class Personal(Lora):
@@ -180,6 +236,7 @@ class Profiles(Closed):
 class Tune(Closed):
     """The grid of `snakemake tune` (held-out base users; never test users)."""
 
+    peft: Literal["lora", "ia3", "prompt"] = Field("lora", description="the kind of adapter that is tried")
     lr: list[float] = Field([], description="personal learning rates to try")
     epochs: list[int] = Field([], description="personal epochs to try")
 
@@ -203,11 +260,12 @@ class Config(Closed):
         description="what the prompt carries: k0, k1, k2, … items retrieved by BM25; random; profile-k0, profile-k1;"
         " recency-k1, … (the newest items); dense-k1, … (by retrieval.encoder)",
     )
-    peft: list[Literal["none", "lora", "pooled", "swapped"]] = Field(
+    peft: list[Literal["none", "lora", "ia3", "prompt", "pooled", "swapped"]] = Field(
         ["none", "lora"],
         min_length=1,
-        description="kinds of personal adapter; controls: `pooled` (one LoRA on all test users' histories), `swapped`"
-        " (another user's adapter; needs lora). `random` is run without an adapter only",
+        description="kinds of personal adapter (`ia3` and `prompt`, prompt tuning, as in Figure 6); controls: `pooled`"
+        " (one LoRA on all test users' histories), `swapped` (another user's adapter; needs lora). `random` is run"
+        " without an adapter only",
     )
     benchmark: bool = Field(
         False, description="the data are a public benchmark's: allows `pooled`, which mixes users by construction"
@@ -224,6 +282,8 @@ class Config(Closed):
     model: Model = Model()
     base: Base = Base(rank=64, lr=1e-4, epochs=3, batch_size=16, weight_decay=0.0)
     personal: Personal = Field(Personal(), description="null values come from the task table (Table 4)")
+    ia3: Ia3 = Ia3()
+    prompt: VirtualPrompt = VirtualPrompt()
     task_base: dict[str, dict[str, Any]] = Field({}, description="per task: overrides of `base`")
     task_personal: dict[str, dict[str, Any]] = Field({}, description="per task: overrides of `personal`")
     profiles: Profiles = Profiles()
@@ -266,7 +326,7 @@ class Config(Closed):
             problems.append("profiles.chat_template: must hold {prompt}, where the prompt goes")
         if "pooled" in self.peft and not self.benchmark:
             problems.append("peft: pooled trains on all test users' texts together; it needs `benchmark: true`")
-        starts = {self.lora(task).start for task in set(self.tasks) & set(tasks())}
+        starts = {self.task_personal.get(task, {}).get("start", self.personal.start) for task in self.tasks}
         if "pooled" in starts and not self.benchmark:
             problems.append(
                 "personal.start: pooled begins at an adapter trained on all test users' texts together; it needs"
@@ -276,6 +336,9 @@ class Config(Closed):
             problems.append("personal.replay: old items are learned again with `start: previous` only")
         if "swapped" in self.peft and "lora" not in self.peft:
             problems.append("peft: swapped takes the adapters of lora; list lora too")
+        layers, inputs = self.ia3.target_modules, self.ia3.feedforward_modules
+        if layers is not None and (other := sorted(set(inputs or []) - set(layers))):
+            problems.append(f"ia3.feedforward_modules: {', '.join(other)} must stand in ia3.target_modules too")
         if not self.settings:
             problems.append("peft: random is run without an adapter only; list none")
         return problems
@@ -310,6 +373,14 @@ class Config(Closed):
         values = self.personal.model_dump() | self.task_personal.get(task, {})
         values |= {name: value for name, value in table.items() if values.get(name) is None}
         return Personal(**values)
+
+    def training(self, peft: str, task: str) -> Training:
+        """Personal training of a task with adapters of a kind: `ia3` or `prompt` stand over what LoRA trains with."""
+        lora = self.lora(task)
+        if peft not in ("ia3", "prompt"):
+            return lora
+        own = {name: value for name, value in getattr(self, peft).model_dump().items() if value is not None}
+        return TRAININGS[peft](**lora.model_dump(include=set(Training.model_fields)) | own)
 
 
 def load(values: dict[str, Any]) -> Config:

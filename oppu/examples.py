@@ -27,6 +27,13 @@ class Context:
     pool: Sequence[Item] | None = None
     """Items of base-training users, for the augmentation `random`; None: the user's own past."""
     search: Search = BM25
+    lead: tuple[int, ...] = ()
+    """Virtual tokens before every prompt (prompt tuning, `rows.virtual`); they take their part of `max_length`."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt and its answer may take."""
+        return self.max_length - len(self.lead)
 
     def draws(self, user: User) -> Draws:
         """Where a user's random items come from."""
@@ -86,12 +93,12 @@ def query_prompts(
     out = []
     for query, prompt in zip(user.queries, _query_prompts(context, user, profile), strict=True):
         try:
-            fitted = fit(prompt, context.tokenizer, context.max_length - answer_tokens)
+            fitted = fit(prompt, context.tokenizer, context.room - answer_tokens)
         except ValueError as error:
             raise InputError([f"{user.key}: query {query.id}: {error}; raise model.max_length"]) from None
         counts["cut_history_tokens"] += fitted.cut_history
         counts["cut_query_tokens"] += fitted.cut_query
-        out.append((query, fitted, ids(context.tokenizer, str(fitted))))
+        out.append((query, fitted, [*context.lead, *ids(context.tokenizer, str(fitted))]))
     return out
 
 
@@ -110,12 +117,12 @@ def _example(
     context: Context, prompt: Prompt, answer: str, counts: Counter[str], cut_answer: bool = False
 ) -> Example | None:
     target = [*ids(context.tokenizer, " " + answer, special=False), context.eos]
-    room = context.max_length - len(target)
-    if cut_answer and room < context.max_length // 2:
-        shorter = target[: context.max_length // 2 - 1]
+    room = context.room - len(target)
+    if cut_answer and room < context.room // 2:
+        shorter = target[: context.room // 2 - 1]
         counts["cut_history_tokens"] += len(target) - len(shorter) - 1
         target = [*shorter, context.eos]
-        room = context.max_length - len(target)
+        room = context.room - len(target)
     try:
         fitted = fit(prompt, context.tokenizer, room)
     except ValueError:
@@ -127,4 +134,4 @@ def _example(
     whole = ids(context.tokenizer, f"{text} {answer}")
     if not cut_answer and whole[: len(start)] == start and len(whole) > len(start):
         target = [*whole[len(start) :], context.eos]
-    return Example(tuple(start), tuple(target))
+    return Example((*context.lead, *start), tuple(target))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from oppu.bank import LoraBank
+from oppu.bank import Bank
 from oppu.config import Generation
 
 
@@ -55,7 +55,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: Generation,
     max_new_tokens: int,
-    bank: LoraBank | None = None,
+    bank: Bank | None = None,
     users: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[str]:

@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,6 +35,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from oppu.convert import cache, safetensors_source
+from oppu.float8 import check_float8, to_float8
 from oppu.hub import refusal, token
 from oppu.records import InputError
 
@@ -65,39 +71,45 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal LM by hub id or local folder: safetensors only, no remote code, frozen, in eval mode.
 
-    `convert` makes safetensors of a model that has none; `quantization` (8bit, 4bit) stores its Linear layers so. The
-    target modules in `exact` stay in float32 where the dtype has 16 bits. Attention is SDPA where the model has it.
-    Raises InputError when it cannot be loaded.
+    Tensors go from the mapped files to the device one by one. `convert` makes safetensors of a model that has none;
+    `quantization` (8bit, 4bit, fp8) stores its Linear layers so. Where the dtype has 16 bits, the target modules in
+    `exact` stay as they are stored. Attention is SDPA where the model has it. Raises InputError when it cannot load.
     """
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source, revision = safetensors_source(path, revision) if convert else (path, revision)
-    options = quantized_loading(quantization, kind, device) if quantization else {}
+    if quantization == "fp8":
+        check_float8(device, kind)
+    options = quantized_loading(quantization, kind) if quantization in ("8bit", "4bit") else {}
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "token": token()}
     try:
         config = AutoConfig.from_pretrained(source, **common)
-        model = _class_of(config, exact).from_pretrained(
-            source, config=config, dtype=kind, use_safetensors=True, **common, **options
+        model = _class_of(config, exact if kind.itemsize == 2 else ()).from_pretrained(
+            source, config=config, dtype=kind, use_safetensors=True, device_map={"": device}, **common, **options
         )
     except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
         raise InputError([refusal(path, error)]) from error
     # Of the model's own settings only its end tokens stay: its sampling defaults would change answers silently.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return freeze(model if quantization else moved(model, device))
+    return to_float8(freeze(model)) if quantization == "fp8" else freeze(model)
 
 
 def _class_of(config: PreTrainedConfig, exact: Sequence[str]) -> type[PreTrainedModel]:
-    """The class that the auto class would choose, told to load some layers in float32."""
+    """The class that the auto class would choose, told to load some layers in the dtype they are stored in."""
     with torch.device("meta"):
         kind: type[PreTrainedModel] = type(AutoModelForCausalLM.from_config(config))
     if not exact:
         return kind
-    # Transformers knows how to keep layers in float32 while it casts the rest as it reads; the list is the class's.
-    kept = [*(kind._keep_in_fp32_modules_strict or []), *(rf"(^|\.){re.escape(name)}\.weight$" for name in exact)]
-    return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
+    as_stored = dict.fromkeys(rf"(^|\.){re.escape(name)}\.weight$" for name in exact)
+
+    def plan(self: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+        """Transformers' own table of what is loaded in another dtype than the rest; None stands for no cast."""
+        return {**kind._get_dtype_plan(self, dtype), **as_stored}
+
+    return type(kind.__name__, (kind,), {"_get_dtype_plan": plan, "__module__": kind.__module__})
 
 
-def quantized_loading(quantization: str, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """What from_pretrained must be told to quantize; InputError where bitsandbytes is missing or the dtype is wrong."""
+def quantized_loading(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained must be told for 8bit or 4bit; InputError without bitsandbytes, or for a wrong dtype."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError([f"model.quantization {quantization}: needs bitsandbytes: pip install 'oppu[quantization]'"])
     if dtype == torch.float64:
@@ -107,13 +119,7 @@ def quantized_loading(quantization: str, dtype: torch.dtype, device: str | torch
         if quantization == "8bit"
         else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     )
-    return {"quantization_config": config, "device_map": {"": device}}
-
-
-def moved(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model itself, on a device and in a dtype."""
-    nn.Module.to(model, device=device, dtype=dtype)
-    return model
+    return {"quantization_config": config}
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
@@ -127,13 +133,37 @@ def default_targets(model: PreTrainedModel) -> list[str]:
     Where it has no `q_proj` and `v_proj`, PEFT's table says what holds them (`c_attn` in GPT-2). Raises InputError
     with the names there are where the table does not know the architecture.
     """
+    table = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return _known(model, ["q_proj", "v_proj"], table, "query and value projections")
+
+
+def ia3_targets(
+    model: PreTrainedModel, targets: list[str] | None = None, feedforward: list[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """The layers that (IA)3 scales, and those of them whose input is scaled; both sorted.
+
+    Where none are named: `k_proj`, `v_proj` and `down_proj`, or what PEFT's table has for this architecture; inputs are
+    scaled in `down_proj`, or by PEFT's table. InputError where neither knows, or an input's layer is no target.
+    """
+    table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    targets = targets or _known(model, ["k_proj", "v_proj", "down_proj"], table, "keys, values and feedforward layers")
+    if feedforward is None:
+        kind = model.config.get_text_config().model_type
+        usual = {"down_proj", *TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])}
+        feedforward = sorted(usual & set(targets))
+    if other := sorted(set(feedforward) - set(targets)):
+        raise InputError([f"feedforward_modules: {', '.join(other)} must stand in target_modules too: {targets}"])
+    return sorted(targets), sorted(feedforward)
+
+
+def _known(model: PreTrainedModel, usual: list[str], table: dict[str, Any], what: str) -> list[str]:
     modules = dict(model.named_modules())
     kind = model.config.get_text_config().model_type
-    for names in (["q_proj", "v_proj"], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)):
+    for names in (usual, table.get(kind)):
         if isinstance(names, list) and all(any(m.endswith(f".{n}") for m in modules) for n in names):
             return names
     found = _linear_names(modules)
-    raise InputError([f"target_modules: query and value projections of a {kind} are not known; name some of {found}"])
+    raise InputError([f"target_modules: {what} of a {kind} are not known; name some of {found}"])
 
 
 def target_linears(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Module]:
@@ -171,21 +201,30 @@ def _linear_names(modules: dict[str, nn.Module]) -> str:
     return ", ".join(sorted(names)) or "no Linear layers at all"
 
 
-def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+def merge(model: PreTrainedModel, adapter: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model with a LoRA folder merged into its weights (in place), as the base of section 2.2: W + alpha/r B A.
 
-    The layers merged into must be float32 or float64: a small delta added to rounded weights is lost. Raises
-    ValueError otherwise, and InputError when the folder holds tensors that belong to no layer of this model.
+    Each layer in turn is merged in float32 (float64 where it is so), on its device, and then, given a `dtype`, cast to
+    it. Without one the layers must be float32 or float64: a small delta added to rounded weights is lost; ValueError
+    otherwise. Raises InputError when the folder holds tensors that belong to no layer of this model.
     """
     config, names = _adapter(adapter)
     linears = target_linears(model, config["target_modules"])
     for name, linear in linears.items():
-        if (dtype := linear.weight.dtype) not in (torch.float32, torch.float64):
-            raise ValueError(f"merge {adapter}: {name} is {dtype}; load it in float32, merge, then cast")
+        if (found := linear.weight.dtype) not in (torch.float32, torch.float64) and dtype is None:
+            raise ValueError(f"merge {adapter}: {name} is {found}; load it in float32, merge, then cast")
     wanted = {f"base_model.model.{n}.lora_{x}.weight" for n in linears for x in "AB"}
     if names != wanted:
         raise InputError([f"{adapter}: does not fit the model: {sorted(names ^ wanted)[:4]} stand on one side only"])
-    return freeze(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload())
+    tuner: Any = PeftModel.from_pretrained(model, str(adapter)).base_model
+    for layer in tuner.modules():
+        if isinstance(layer, LoraLayer):
+            base: Any = layer.get_base_layer()
+            wide = torch.promote_types(base.weight.dtype, torch.float32)
+            base.to(wide)
+            layer.merge()
+            base.to(dtype or wide)
+    return freeze(tuner.unload())
 
 
 def _adapter(folder: Path) -> tuple[dict[str, Any], set[str]]:
@@ -205,20 +244,24 @@ def load_base(
     convert: bool = False,
     quantization: str | None = None,
 ) -> PreTrainedModel:
-    """The base model Theta of section 2.2: loaded, the task LoRA merged in float32, then cast, quantized and moved.
+    """The base model Theta of section 2.2: loaded, the task LoRA merged in float32, then cast and quantized.
 
-    Only the layers that are merged into are ever float32, whatever the files store, so a 7B in bfloat16 needs 16 GB
-    and not 28. See `load_model` for the other arguments and the errors.
+    The layers that are merged into are float32 one at a time, so a 7B stored and run in 16 bits needs 14 GB and one
+    layer, on the device; stored in float32, those layers stay so until each is merged. fp8 starts from that and ends
+    at half of it. See `load_model` for the other arguments and the errors.
     """
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if task_adapter is None:
         return load_model(path, revision, kind, device, convert, quantization)
+    if quantization == "fp8":
+        check_float8(device, kind)
     targets = _adapter(task_adapter)[0]["target_modules"]
-    model = merge(load_model(path, revision, kind, "cpu", convert, exact=targets), task_adapter)
-    for linear in target_linears(model, targets).values():
-        linear.weight.data = linear.weight.data.to(kind)  # not the model's buffers: RoPE's frequencies stay float32
-    if quantization is None:
-        return moved(model, device)
+    bits = quantization in ("8bit", "4bit")
+    model = merge(
+        load_model(path, revision, kind, "cpu" if bits else device, convert, exact=targets), task_adapter, kind
+    )
+    if not bits:
+        return to_float8(model) if quantization else model
     # bitsandbytes quantizes while it loads, so the merged model goes by way of the disk.
     cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache()) as folder:

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from oppu.config import Config, load, parse_augmentation
-from oppu.plan_counts import Task, Work
+from oppu.config import OWN, Config, Training, load, parse_augmentation
+from oppu.plan_counts import PASS, Task, Work
 from oppu.plan_data import PAPER_USERS, data_of, tokenizer_of
 from oppu.recipe import seeded
 from oppu.records import InputError
@@ -163,18 +163,18 @@ class _Steps:
             setting, what = f"{augmentation}/{peft}/{history}", seeded(augmentation)[0]
             if peft == "lora" and config.lora(name).start == "pooled" and "pooled" not in config.peft:
                 pooled = f"{augmentation}/pooled/{history}"
-                yield self._trained("personal", pooled, 1, personal(what, True), config.lora(name), 1)
-            if peft in ("lora", "pooled"):
-                shared = peft == "pooled"
-                jobs, adapters = (1, 1) if shared else (cohorts, self.users)
-                yield self._trained("personal", setting, jobs, personal(what, shared), config.lora(name), adapters)
-            yield self._predicted(setting, cohorts, prompts(what))
+                yield self._trained("personal", pooled, 1, personal(what, "pooled"), config.lora(name), 1)
+            if peft in (*OWN, "pooled"):
+                jobs, adapters = (1, 1) if peft == "pooled" else (cohorts, self.users)
+                training = config.training(peft, name)
+                yield self._trained("personal", setting, jobs, personal(what, peft), training, adapters)
+            yield self._predicted(setting, cohorts, prompts(what, peft if peft == "prompt" else "none"))
 
-    def _trained(self, step: str, setting: str, jobs: int, work: Work, lora: Any, adapters: int) -> Step:
+    def _trained(self, step: str, setting: str, jobs: int, work: Work, lora: Training, adapters: int) -> Step:
         flops = hours = disk = None
         if self.shape is not None:
             size = self.shape.adapter(lora)
-            flops = self.shape.training(work.computed, work.pairs, work.labels, size)
+            flops = self.shape.training(work.packed, work.pairs, work.labels, size)
             hours, disk = self.gpu.hours(flops), float(adapters * size * TRAINED)
         return Step(self.task.name, step, setting, jobs, work.examples, work.tokens, work.packed, flops, hours, disk)
 
@@ -192,7 +192,7 @@ class _Steps:
         """FLOPs and hours of reading prompts and writing answers of full length; each token reads all weights."""
         if shape is None:
             return None, None
-        read = shape.forward(work.computed, work.pairs, work.labels)
+        read = shape.forward(work.packed, work.pairs, work.labels)
         new = work.examples * (answer - 1)
         wrote = shape.forward(new, answer * work.tokens + new * answer / 2, new)
         weights = batches * answer * shape.parameters * BYTES[dtype]
@@ -206,7 +206,7 @@ class _Steps:
             return Step(task.name, "profiles", "extractive", 0, users, 0, 0, 0.0, 0.0, 0.0)
         length = settings.history_tokens + len(task.profile_prompt.split()) * self.task.per_token
         tokens = users * length
-        work = Work(users, tokens, tokens, tokens, tokens * length, users)
+        work = Work(users, tokens, tokens, tokens * length, users)
         shape, _ = shape_of(settings.path or "", settings.revision)
         batches = -(-tokens // settings.tokens_per_batch)
         flops, hours = self._generated(shape, work, settings.max_new_tokens, batches, settings.dtype)
@@ -221,9 +221,10 @@ def _memory(config: Config, name: str, shape: Shape, users: int) -> float:
     lora = config.lora(name)
     dtype = BYTES[config.model.dtype]
     weights = shape.parameters * BYTES[config.model.quantization or config.model.dtype]
-    cohort = min(users, config.users_per_job) * shape.adapter(lora) * TRAINED * 4
+    kinds = [config.training(peft, name) for peft in config.peft if peft in OWN] or [lora]
+    cohort = min(users, config.users_per_job) * max(map(shape.adapter, kinds)) * TRAINED * 4
     token = shape.layers * (16 * shape.hidden + 4 * shape.intermediate) * dtype
-    return weights + cohort + lora.tokens_per_batch * token
+    return weights + cohort + (lora.tokens_per_batch or PASS) * token
 
 
 def _totals(config: Config, steps: Sequence[Step], shape: Shape | None, memory: list[float]) -> dict[str, float | None]:
@@ -234,7 +235,9 @@ def _totals(config: Config, steps: Sequence[Step], shape: Shape | None, memory: 
     totals["base_adapter_bytes"] = _sum([step.disk for step in steps if step.step == "base"])
     totals["weight_bytes"] = shape.parameters * BYTES[config.model.dtype] if shape else None
     totals["memory_bytes"] = max(memory, default=None)
-    totals["host_memory_bytes"] = shape.parameters * 4.0 if shape else None
+    merged_here = config.model.quantization in ("8bit", "4bit")
+    host = (shape.parameters * BYTES[config.model.dtype] if merged_here else shape.head * 4.0) if shape else None
+    totals["host_memory_bytes"] = host
     return totals
 
 
@@ -246,12 +249,13 @@ def _sum(values: Sequence[float | None]) -> float | None:
 def _assumptions(config: Config, gpu: Gpu, limit: int) -> list[str]:
     notes = [
         f"a step with over {limit} examples is counted on about so many of them, of users spread evenly",
-        "tokens: every example by itself; packed: the beginning that a user's prompts of a step share once per row",
+        "tokens: every example by itself; packed: the beginning that a user's prompts of a step share once per pass",
         "FLOPs of training: 4 per parameter and packed token (frozen weights get no gradient), attention 12 per pair of"
         " tokens, layer and width; of prediction: 2 and 4, answers of full length",
         f"hours: {gpu.tflops:g} TFLOP/s in {config.model.dtype} at {gpu.utilisation:.0%}; writing answers reads all"
         " weights for each token. Start-up and loading come on top: a small model takes longer than this",
-        "memory is a rough estimate; the base is merged in float32 in the host's memory",
+        "memory is a rough estimate; the base goes from its files to the GPU tensor by tensor, merged there layer"
+        " by layer (8bit and 4bit: in the host's memory)",
     ]
     if any("dense" in a for a in config.augmentations):
         notes.append("dense retrieval: items counted as BM25 finds them, the encoder not at all")

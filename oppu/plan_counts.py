@@ -6,19 +6,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
-from oppu.config import Config, Lora, parse_augmentation
+from oppu.config import Config, PromptTraining, Training, parse_augmentation
 from oppu.examples import Context, history_examples, query_examples, query_prompts
 from oppu.plan_data import Data, spread
 from oppu.profiles import extractive
 from oppu.prompts import Tokenizer
 from oppu.records import User
 from oppu.retrieval import Search
-from oppu.rows import Chunk, Example, fill_rows, micro_batches, next_batch, padded_width, plan, row_length
+from oppu.rows import Chunk, Example, next_batch, passes, plan, virtual
 from oppu.seeds import seed_text
 from oppu.tasks import task as task_named
 
 USERS = 16
 """Users that a count is taken from, where it is taken from a part."""
+PASS = 16384
+"""Tokens of a pass, where the run is to find them from free memory."""
 EARLIER = 64
 """Items before those that are counted, there: enough to retrieve from."""
 
@@ -31,11 +33,9 @@ class Work:
     tokens: float = 0
     """Each example by itself."""
     packed: float = 0
-    """A prompt's beginning that a user's examples of a step share, once per row."""
-    computed: float = 0
-    """Packed, and padding."""
+    """A prompt's beginning that a user's examples of a step share, once per pass: what the model runs on."""
     pairs: float = 0
-    """Pairs of tokens in attention: rows * width^2."""
+    """Pairs of tokens in attention: every token of an example with all of it."""
     labels: float = 0
     """Places at which the head runs."""
 
@@ -46,7 +46,6 @@ class Work:
             examples=self.examples * count,
             tokens=self.tokens * each,
             packed=self.packed * each,
-            computed=self.computed * each,
             pairs=self.pairs * each * tokens,
             labels=self.labels * each,
         )
@@ -65,10 +64,11 @@ def training_work(examples: Sequence[Sequence[Example]], plans: Sequence[list[li
             step = plans[user][len(plans[user]) - left[user]]
             chunks[user] = Chunk(user, tuple(examples[user][n] for n in step))
         batch = next_batch(chunks, left, budget)
-        for rows in micro_batches(fill_rows(batch), budget):
-            width = padded_width(rows)
-            packed = sum(map(row_length, rows))
-            work += Work(packed=packed, computed=len(rows) * width, pairs=len(rows) * width**2)
+        for piece in (piece for pieces in passes(batch, budget) for piece in pieces):
+            chunk = batch[piece.chunk]
+            items = [len(chunk.examples[n]) for n in piece.items]
+            pairs = chunk.prefix**2 + sum((n - chunk.prefix) * n for n in items)
+            work += Work(packed=piece.tokens, pairs=pairs)
         for chunk in batch:
             work += Work(len(chunk.examples), sum(map(len, chunk.examples)), labels=chunk.labels)
             del chunks[chunk.user]
@@ -89,7 +89,7 @@ class Task:
     """Tokens that each of the tokenizer's stands for."""
     limit: int
 
-    def _context(self, augmentation: str) -> Context:
+    def _context(self, augmentation: str, peft: str = "none") -> Context:
         what = parse_augmentation(augmentation)
         if what.retriever == "dense":  # an encoder would have to run; BM25's items are about as long
             what = replace(what, retriever="bm25")
@@ -97,7 +97,10 @@ class Task:
         pool = None if own else [item for user in self.data.base for item in user.history]
         room = int(self.config.model.max_length / self.per_token)
         search = Search(self.config.retrieval.query)
-        return Context(task_named(self.name), what, self.tokenizer, 0, room, self.config.seed, pool, search)
+        training = self.config.training(peft, self.name)
+        count = training.virtual_tokens if isinstance(training, PromptTraining) else 0
+        lead = virtual(round(count / self.per_token))
+        return Context(task_named(self.name), what, self.tokenizer, 0, room, self.config.seed, pool, search, lead)
 
     def _profile(self, augmentation: str, user: User) -> str | None:
         if not parse_augmentation(augmentation).profile:
@@ -106,7 +109,7 @@ class Task:
             return " ".join(["word"] * int(self.config.profiles.max_new_tokens / self.per_token))
         return extractive(task_named(self.name), user.history)
 
-    def items(self, users: Sequence[User], lora: Lora) -> int:
+    def items(self, users: Sequence[User], lora: Training) -> int:
         """History items of these users that one epoch trains on."""
         return sum(min(len(user.history), lora.max_items or len(user.history)) for user in users)
 
@@ -132,11 +135,11 @@ class Task:
         counted = sum(size(user, most) for user in chosen)
         return work.times(self.data.base_times * sum(map(size, self.data.base)) / max(counted, 1), self.per_token)
 
-    def personal(self, augmentation: str, pooled: bool = False) -> Work:
+    def personal(self, augmentation: str, peft: str = "lora") -> Work:
         """Training all test users' adapters of an augmentation, or the one that they share (section 2.3)."""
-        lora, context = self.config.lora(self.name), self._context(augmentation)
+        lora, context = self.config.training(peft, self.name), self._context(augmentation, peft)
         chosen, most = self.data.test, lora.max_items
-        if self.items(chosen, lora) > self.limit:  # several users still: their steps fill rows together
+        if self.items(chosen, lora) > self.limit:  # several users still: their steps fill passes together
             chosen, batch = spread(chosen, lambda _: 1, USERS), int(lora.batch_size or 1)
             whole_steps = max(self.limit // len(chosen) // batch, 1) * batch
             most = min(whole_steps, lora.max_items or whole_steps)
@@ -145,7 +148,7 @@ class Task:
             history_examples(context, user, self._profile(augmentation, user), Counter(), most) for user in chosen
         ]
         names = [user.key for user in chosen]
-        if pooled:
+        if peft == "pooled":
             examples, names = [[example for own in examples for example in own]], ["pooled"]
         orders = [seed_text(self.config.seed, self.name, name, "data order") for name in names]
         work = self._trained(examples, orders, lora)
@@ -153,26 +156,26 @@ class Task:
         times = self.data.test_times * self.items(self.data.test, lora) / max(counted, 1)
         return work.times(times, self.per_token)
 
-    def _trained(self, examples: Sequence[Sequence[Example]], orders: Sequence[str], lora: Lora) -> Work:
+    def _trained(self, examples: Sequence[Sequence[Example]], orders: Sequence[str], lora: Training) -> Work:
         steps = [
             plan(len(own), int(lora.epochs or 0), int(lora.batch_size or 0), order)
             for own, order in zip(examples, orders, strict=True)
         ]
-        return training_work(examples, steps, max(int(lora.tokens_per_batch / self.per_token), 1))
+        return training_work(examples, steps, max(int((lora.tokens_per_batch or PASS) / self.per_token), 1))
 
     @property
     def answer(self) -> int:
         """Tokens of the longest answer."""
         return self.config.generation.max_new_tokens or task_named(self.name).output_tokens
 
-    def prompts(self, augmentation: str) -> Work:
+    def prompts(self, augmentation: str, peft: str = "none") -> Work:
         """Reading the prompts of all queries in one setting, one prompt at a time."""
-        context = self._context(augmentation)
+        context = self._context(augmentation, peft)
         chosen = spread(self.data.test, lambda user: len(user.queries), self.limit)
         work = Work()
         for user in chosen:
             profile, answer = self._profile(augmentation, user), int(self.answer / self.per_token)
             for *_, tokens in query_prompts(context, user, profile, answer, Counter()):
                 n = len(tokens)
-                work += Work(1, n, n, n, n * n, 1 / self.per_token)
+                work += Work(1, n, n, n * n, 1 / self.per_token)
         return work.times(self.data.queries / max(work.examples, 1), self.per_token)

@@ -22,7 +22,7 @@ def text_of(plan: Plan) -> str:
         "base_adapter_bytes": "base adapters on disk",
         "weight_bytes": "the model's weights",
         "memory_bytes": f"memory of the GPU ({plan.gpu.name} has {plan.gpu.memory:g} GB)",
-        "host_memory_bytes": "memory of the host, while the base is merged",
+        "host_memory_bytes": "memory of the host, while the base is loaded",
     }
     lines += [f"{_amount(plan.totals[key], 'B'):>8}  {name}" for key, name in names.items()]
     lines += [f"{_hours(plan.totals['hours']):>8}  hours on one {plan.gpu.name}", ""]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oppu.config import CONTROLS, Config, Lora, parse_augmentation
+from oppu.config import CONTROLS, TRAININGS, Config, Lora, Training, parse_augmentation
 from oppu.files import digest
 from oppu.records import User
 from oppu.tasks import Task, tasks
@@ -69,7 +69,7 @@ def base_recipe(config: Config, task: str, augmentation: str) -> dict[str, Any]:
 
 def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history: str) -> dict[str, Any]:
     """What the cells of one setting depend on besides data and base: section 3."""
-    training, train_runtime = _split_runtime(config.lora(task).model_dump(exclude=START))
+    training, train_runtime = _split_runtime(config.training(peft, task).model_dump(exclude=START))
     generation, generate_runtime = _split_runtime(config.generation.model_dump())
     generation["max_new_tokens"] = generation["max_new_tokens"] or tasks()[task].output_tokens
     if not generation["sample"]:
@@ -117,8 +117,14 @@ def profile_key(recipe: dict[str, Any], model_files: dict[str, str] | None, user
     return digest({"recipe": known, "model": model_files, "user": user.key, "history": history, "own": own})
 
 
+def training_of(recipe: dict[str, Any]) -> Training:
+    """The training settings of a recipe's own kind."""
+    kind = TRAININGS.get(recipe.get("peft", "lora"))
+    return kind(**recipe["training"] | recipe["runtime"]["training"]) if kind else lora_of(recipe)
+
+
 def lora_of(recipe: dict[str, Any]) -> Lora:
-    """The training settings of a recipe, alpha resolved to a number (default: the rank, a scale of 1)."""
+    """A recipe's settings of LoRA, alpha resolved to a number (default: the rank, a scale of 1)."""
     values = recipe["training"] | recipe["runtime"]["training"]
     return Lora(**values | {"alpha": values["alpha"] or float(values["rank"])})
 

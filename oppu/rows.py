@@ -1,6 +1,6 @@
-"""Which tokens are trained on, in which order and in which rows: pure, and without torch, so that a plan can ask too.
+"""Which tokens are trained on, in which order and together: pure, and without torch, so that a plan can ask too.
 
-A row holds pieces; a piece is one user's prompt prefix and, behind it, some of the user's items of one optimiser step.
+A pass holds pieces; a piece is one user's prompt prefix and, behind it, some of the user's items of one optimiser step.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-WIDTH = 384
-"""Tokens that a row is filled to. Attention costs rows * width^2, a narrow row costs one more prefix: measured on a
-small model (prefix 80, items 35), 384 was the fastest of 256 to 1024, by 10 to 20 %."""
+
+def virtual(count: int) -> tuple[int, ...]:
+    """Prompt tuning's virtual tokens, as ids that no vocabulary has: -count, …, -1."""
+    return tuple(range(-count, 0))
 
 
 @dataclass(frozen=True)
 class Example:
-    """What is learned: the target's tokens (end-of-text token included) after the prompt's; loss on the target only."""
+    """What is learned: the target's tokens (end-of-text token included) after the prompt's; loss on the target only.
+
+    A prompt may begin with virtual tokens: as the first part of what all prompts share, they are laid out with it.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.prompt or not self.target:
+        if not self.prompt or self.prompt[-1] < 0 or not self.target:
             raise ValueError("an example needs at least one prompt token and one target token")
 
     def __len__(self) -> int:
@@ -70,62 +74,38 @@ class Piece(NamedTuple):
     tokens: int
 
 
-Row = list[Piece]
+def passes(chunks: Sequence[Chunk], budget: int, parts: Sequence[Piece] | None = None) -> list[list[Piece]]:
+    """The pieces of each forward pass: at most `budget` tokens together, or one example with its prefix at least.
 
-
-def fill_rows(chunks: Sequence[Chunk], width: int = WIDTH) -> list[Row]:
-    """Lay chunks into rows of at most `width` tokens (more where a prefix or one example is long), longest first.
-
-    A chunk over the width is cut into pieces, each with the prefix again. Returned rows go from longest to shortest.
+    A chunk over the budget is cut into pieces, each with the prefix again; with `parts`, only these are laid out. Best
+    fit: the longest piece first, each into the fullest pass that has room for it.
     """
-    lengths = [len(example) for chunk in chunks for example in chunk.examples]
-    if 4 * sum(chunk.prefix * len(chunk.examples) for chunk in chunks) < sum(lengths):
-        width = min(width, max(lengths))  # little is shared, so wide rows would only make attention dearer
-    pieces = [piece for number, chunk in enumerate(chunks) for piece in _cut(number, chunk, width)]
-    rows: list[Row] = []
-    filled: list[int] = []
+    whole = [(number, range(len(chunk.examples))) for number, chunk in enumerate(chunks)]
+    wanted = whole if parts is None else [(part.chunk, part.items) for part in parts]
+    pieces = [piece for number, items in wanted for piece in _cut(number, chunks[number], items, budget)]
+    made: list[list[Piece]] = []
+    room: list[int] = []
     for piece in sorted(pieces, key=lambda p: -p.tokens):
-        place = next((n for n, tokens in enumerate(filled) if tokens + piece.tokens <= width), len(rows))
-        if place == len(rows):
-            rows.append([])
-            filled.append(0)
-        rows[place].append(piece)
-        filled[place] += piece.tokens
-    return sorted(rows, key=lambda row: -row_length(row))
+        fits = [n for n, left in enumerate(room) if left >= piece.tokens]
+        if not fits:
+            made.append([])
+            room.append(budget)
+        place = min(fits, key=lambda n: room[n]) if fits else -1
+        made[place].append(piece)
+        room[place] -= piece.tokens
+    return made
 
 
-def _cut(number: int, chunk: Chunk, width: int) -> list[Piece]:
-    width = max(width, 4 * chunk.prefix)  # a long prefix wants many items behind it
+def _cut(number: int, chunk: Chunk, items: range, budget: int) -> list[Piece]:
     pieces: list[Piece] = []
-    for item, example in enumerate(chunk.examples):
-        own = len(example) - chunk.prefix
-        if pieces and pieces[-1].tokens + own <= width:
+    for item in items:
+        own = len(chunk.examples[item]) - chunk.prefix
+        if pieces and pieces[-1].tokens + own <= budget:
             last = pieces.pop()
             pieces.append(Piece(number, range(last.items.start, item + 1), last.tokens + own))
         else:
             pieces.append(Piece(number, range(item, item + 1), chunk.prefix + own))
     return pieces
-
-
-def row_length(row: Row) -> int:
-    """Tokens of a row, padding aside."""
-    return sum(piece.tokens for piece in row)
-
-
-def padded_width(rows: Sequence[Row]) -> int:
-    """Tokens that every row of a forward pass has, padding included."""
-    return -(-max(map(row_length, rows)) // 8) * 8  # CUDA's attention with a mask wants multiples of eight
-
-
-def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Rows (longest first) in batches of at most `budget` tokens, padding included; one row at least."""
-    batches: list[list[Row]] = []
-    for row in rows:
-        if batches and (len(batches[-1]) + 1) * row_length(batches[-1][0]) <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 def plan(n_examples: int, epochs: int, batch_size: int, seed_text: str) -> list[list[int]]:

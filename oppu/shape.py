@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from oppu.config import Lora
+from oppu.config import Ia3, Lora, Training, VirtualPrompt
 from oppu.records import InputError
 
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 """Model types whose layers are q, k, v, o, gate, up and down projections."""
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "8bit": 1, "4bit": 0.5}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "8bit": 1, "fp8": 1, "4bit": 0.5}
 
 
 @lru_cache
@@ -41,11 +42,15 @@ class Shape:
     intermediate: int
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """The layers that LoRA is added to where none are named."""
+    ia3: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    """The layers that (IA)3 scales where none are named."""
+    feedforward: tuple[str, ...] = ("down_proj",)
+    """Those whose input (IA)3 scales."""
 
     def forward(self, tokens: float, pairs: float, logits: float) -> float:
         """FLOPs of a forward pass: 2 per parameter and token, 4 per pair of tokens in attention, layer and width.
 
-        `pairs` counts query and key tokens as computed (rows * width^2 under a mask); the head runs at `logits` places.
+        `pairs` counts pairs of a query and a key token, masked ones too; the head runs at `logits` places.
         """
         return 2 * self.body * tokens + 4 * self.layers * self.width * pairs + 2 * self.head * logits
 
@@ -57,15 +62,30 @@ class Shape:
         attention = 4 * self.layers * self.width * pairs
         return 2 * self.forward(tokens, pairs, labels) + attention + 6 * adapter * tokens
 
-    def adapter(self, lora: Lora) -> int:
-        """Parameters of one LoRA adapter; InputError for a target that the model lacks."""
-        targets = lora.target_modules or self.targets
-        matched = {t: [x for x in self.linears if x[0] == t or x[0].endswith(f".{t}")] for t in targets}
+    def adapter(self, settings: Training) -> int:
+        """Parameters of one adapter of the settings' kind; InputError for a target that the model lacks."""
+        if isinstance(settings, VirtualPrompt):
+            return settings.virtual_tokens * self.hidden
+        if isinstance(settings, Ia3):
+            named = settings.feedforward_modules
+            feedforward = {layer for t in (self.feedforward if named is None else named) for layer in self._matching(t)}
+            chosen = self._chosen(settings.target_modules or self.ia3)
+            return sum(layer[1] if layer in feedforward else layer[2] for layer in chosen)
+        assert isinstance(settings, Lora)
+        chosen = self._chosen(settings.target_modules or self.targets)
+        return sum(int(settings.rank or 0) * (inputs + outputs) for _, inputs, outputs in chosen)
+
+    def _chosen(self, targets: Sequence[str]) -> set[tuple[str, int, int]]:
+        if not targets:
+            raise InputError(["target_modules: not known for this architecture; name the layers"])
+        matched = {target: self._matching(target) for target in targets}
         if missing := [t for t, layers in matched.items() if not layers]:
             names = sorted({name.rsplit(".", 1)[-1] for name, *_ in self.linears})
             raise InputError([f"target_modules: {t!r} matches no layer; there are {', '.join(names)}" for t in missing])
-        chosen = {layer for layers in matched.values() for layer in layers}
-        return sum(int(lora.rank or 0) * (inputs + outputs) for _, inputs, outputs in chosen)
+        return {layer for layers in matched.values() for layer in layers}
+
+    def _matching(self, target: str) -> list[tuple[str, int, int]]:
+        return [layer for layer in self.linears if layer[0] == target or layer[0].endswith(f".{target}")]
 
 
 def model_file(path: str, revision: str | None, name: str) -> Path | None:
@@ -132,7 +152,7 @@ def _by_building(file: Path) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from oppu.models import LINEAR, default_targets, sizes_of
+    from oppu.models import LINEAR, default_targets, ia3_targets, sizes_of
 
     try:
         config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
@@ -150,5 +170,9 @@ def _by_building(file: Path) -> Shape:
     width = heads * (getattr(text, "head_dim", None) or d // heads)
     inner = getattr(text, "intermediate_size", None) or 4 * d
     total = sum(p.numel() for p in model.parameters())
-    targets = tuple(default_targets(model))
-    return Shape(linears, body, out.weight.numel(), total, text.num_hidden_layers, width, d, inner, targets)
+    try:
+        scaled = ia3_targets(model)
+    except InputError:  # it matters only where (IA)3 is asked for
+        scaled = ([], [])
+    targets = (tuple(default_targets(model)), *map(tuple, scaled))
+    return Shape(linears, body, out.weight.numel(), total, text.num_hidden_layers, width, d, inner, *targets)

@@ -83,7 +83,7 @@ def note(lines: list[Line], test: str) -> str:
     text = (
         "Per row the best value is bold, the second best underlined. *: significantly better than the same prompt"
         f" without OPPU ({TESTS[test]}, p < .05); †: also after Holm's correction, whose family is all comparisons of"
-        " lora against none in scores.csv, over tasks, metrics and augmentations."
+        " users' own adapters against none in scores.csv, over tasks, metrics and augmentations."
     )
     if any(cell.spread for cell in cells):
         text += " ±: standard deviation over training seeds (seeds.csv); the value itself is the first seed's."

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from oppu.boards import Board, Bootstrap, References, Setting, boards
-from oppu.config import CONTROLS
+from oppu.config import CONTROLS, OWN
 from oppu.files import write_bytes
 from oppu.records import User
 from oppu.significance import ALPHA, TESTS, Difference, Estimate, holm
@@ -56,8 +56,9 @@ def scores_table(boards: Iterable[Board], test: str = "bootstrap") -> pl.DataFra
 
     `diff` is the value minus that of the counterpart without a personal adapter (so below 0 is better for mae and
     rmse); blank for the counterpart itself and where there is none. `user_mean` is the mean of the users' own values.
-    `p_holm` corrects `p_value` for all comparisons of lora against none in the whole table, over tasks, metrics,
-    augmentations and histories; controls are outside that family and have none. `test` names what p is of.
+    `p_holm` corrects `p_value` for all comparisons of users' own adapters (lora, ia3, prompt) against none in the whole
+    table, over tasks, metrics, augmentations and histories; controls are outside that family and have none. `test`
+    names what p is of.
     """
     rows: list[dict[str, Any]] = []
     for board in boards:
@@ -69,7 +70,7 @@ def scores_table(boards: Iterable[Board], test: str = "bootstrap") -> pl.DataFra
             for metric, estimate in board.estimates(own).items():
                 numbers = _estimate(estimate) | _difference(found.get(metric), test) | _sizes(board)
                 rows.append(setting | {"metric": metric, "user_mean": means[metric]} | numbers)
-    family = [row for row in rows if row["peft"] == "lora" and "p_value" in row]
+    family = [row for row in rows if row["peft"] in OWN and "p_value" in row]
     for row, p in zip(family, holm([row["p_value"] for row in family]), strict=True):
         row |= {"p_holm": p, "significant_holm": p < ALPHA}
     return pl.DataFrame(rows, schema=SCORES)
@@ -88,7 +89,7 @@ def references_table(boards: Iterable[Board]) -> pl.DataFrame:
 
 def versus_table(boards: Iterable[Board], mixed: Mapping[str, set[str]], how: Bootstrap) -> pl.DataFrame:
     """versus.csv: every adapter on the full history against its counterpart (`none`) and every reference, and the
-    user's own (lora) against the controls of the same augmentation.
+    user's own (lora) against the controls and the other kinds of the same augmentation.
 
     lora minus swapped is what is personal in the gain; swapped minus none is mere practice at the task. For all users,
     and for the mixed ones (task name -> user keys, see `mixed_users`) of tasks that have any.
@@ -192,7 +193,9 @@ def _versus(board: Board, users: str, test: str) -> list[dict[str, Any]]:
             continue
         same = {"none": board.counterpart(augmentation, history)}
         if peft == "lora":
-            same |= {control: board.settings.get((augmentation, control, history)) for control in CONTROLS}
+            same |= {
+                kind: board.settings.get((augmentation, kind, history)) for kind in (*CONTROLS, *OWN) if kind != peft
+            }
         others = {name: sums for name, sums in same.items() if sums} | board.references
         values = board.estimates(own)
         setting = {"task": board.task.name, "users": users, "augmentation": augmentation, "peft": peft}

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from oppu.config import CONTROLS
+from oppu.config import CONTROLS, OWN
 from oppu.metrics import better, columns
 from oppu.significance import TESTS
 from oppu.table1 import number
@@ -29,6 +29,10 @@ NOTE = (
 CONTROLS_NOTE = (
     " Controls: swapped is another user's adapter, pooled one adapter trained on all test users' histories. swapped -"
     " none is mere practice at the task, lora - swapped is what is personal."
+)
+KINDS_NOTE = (
+    " Other kinds of the user's own adapter: ia3 scales keys, values and feedforward activations, prompt puts learned"
+    " tokens before the prompt."
 )
 SEEDS_NOTE = (
     " ±: standard deviation over training seeds of base and adapter, on the same users; the rows before are the first"
@@ -51,6 +55,7 @@ def terminal_table(scores: Path, references: Path, versus: Path, seeds: Path) ->
     test = next(iter(full["test"].drop_nulls()), TESTS["bootstrap"])
     note = NOTE.format(test=test)
     note += CONTROLS_NOTE if full["peft"].is_in(CONTROLS).any() else ""
+    note += KINDS_NOTE if full["peft"].is_in(OWN[1:]).any() else ""
     note += SEEDS_NOTE if len(spread) else ""
     blocks.append(textwrap.fill(note, WIDTH))
     return "\n\n".join(blocks) + "\n"
@@ -69,8 +74,8 @@ def _block(
     text = [f"{task.name} {task.title}: {metric} ({better(metric)} is better); {size}"]
     text += _grid(full, ["none", "lora"])
     text += _spread(spread, ["none", "lora"])
-    for control in (name for name in CONTROLS if name in set(full["peft"])):
-        text += _control(control, full, versus.filter(users="all", peft="lora", against=control))
+    for kind in (name for name in (*OWN[1:], *CONTROLS) if name in set(full["peft"])):
+        text += _beside(kind, full, versus.filter(users="all", peft="lora", against=kind))
     if len(lines):
         named = ", ".join(f"{r['reference']} {number(r['value'])}" for r in lines.iter_rows(named=True))
         text += textwrap.wrap(f"without a model: {named}", WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -103,11 +108,11 @@ def _spread(seeds: pl.DataFrame, kinds: list[str]) -> list[str]:
     return text
 
 
-def _control(control: str, full: pl.DataFrame, versus: pl.DataFrame) -> list[str]:
-    """What a control reaches, what it gains over none, and what the user's own adapter gains over it."""
-    rows = {r["augmentation"]: r for r in full.filter(peft=control).iter_rows(named=True)}
+def _beside(kind: str, full: pl.DataFrame, versus: pl.DataFrame) -> list[str]:
+    """What a control or another kind of adapter reaches, what it gains over none, and what lora gains over it."""
+    rows = {r["augmentation"]: r for r in full.filter(peft=kind).iter_rows(named=True)}
     own = {r["augmentation"]: r for r in versus.iter_rows(named=True)}
-    text = [_line("control", control, f"{control} - none", f"lora - {control}")]
+    text = [_line("control" if kind in CONTROLS else "kind", kind, f"{kind} - none", f"lora - {kind}")]
     for augmentation in (name for name in augmentation_order(full) if name in rows):
         value = _cell(rows[augmentation], number, "value", "ci_low", "ci_high")
         text.append(_line(augmentation, value, _difference(rows[augmentation]), _difference(own.get(augmentation))))

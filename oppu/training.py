@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from torch.optim import AdamW
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from oppu.attention import attention_mask, check_packing
-from oppu.bank import LoraBank
-from oppu.config import Lora
+from oppu.attention import attention_over, takes_blocks
+from oppu.bank import Bank
+from oppu.budget import Budget, checkpointed
+from oppu.config import Training
 from oppu.models import head_at
 from oppu.packing import assemble
-from oppu.rows import WIDTH, Chunk, Example, fill_rows, micro_batches, next_batch, step_seed
+from oppu.rows import Chunk, Example, Piece, next_batch, step_seed
 
 Progress = Callable[[int, int, int], None]
 """Called after every pass with (user steps done, user steps in all, example tokens trained on)."""
@@ -32,21 +33,24 @@ class Trained:
     error: Exception | None
 
 
-def warmup_steps(lora: Lora, steps: int) -> int:
+MASKED = 2048
+"""Tokens of a pass under one mask for all, whose cost is their square."""
+
+
+def warmup_steps(lora: Training, steps: int) -> int:
     """Steps of warm-up, always leaving one: it starts at zero, and a lone step at zero would learn nothing."""
     return min(math.ceil(lora.warmup * steps), max(steps - 1, 0))
 
 
 def train(
     model: PreTrainedModel,
-    bank: LoraBank,
+    bank: Bank,
     examples: Sequence[Sequence[Example]],
     plans: Sequence[list[list[int]]],
-    lora: Lora,
+    lora: Training,
     accelerator: Accelerator,
     progress: Progress | None = None,
     seeds: Sequence[int] | None = None,
-    width: int = WIDTH,
     finished: Callable[[int], None] | None = None,
 ) -> list[Trained]:
     """Train user u's adapter on `examples[u]` by `plans[u]`, for all users of the bank.
@@ -65,7 +69,10 @@ def train(
         raise ValueError("train: mixed precision fp16 is not supported; use bf16 or no")
     if not len(bank) == len(examples) == len(plans):
         raise ValueError(f"train: {len(bank)} adapters, {len(examples)} example lists, {len(plans)} plans")
-    check_packing(model)
+    blocks = takes_blocks(model)
+    budget = Budget.found(lora.tokens_per_batch, model, bank.weights.shape[1], len(bank))
+    if not blocks:
+        budget.tokens = min(budget.tokens, MASKED)
     parameters = [bank.parameter(user) for user in range(len(bank))]
     optimisers = [AdamW([p], lr=lora.lr, weight_decay=lora.weight_decay) for p in parameters]
     schedules = [
@@ -84,14 +91,14 @@ def train(
             chosen = tuple(examples[user][n] for n in plans[user][done[user]])
             chunks[user] = Chunk(user, chosen, step_seed(seeds[user], done[user]) if seeds else 0)
         left = {user: len(plans[user]) - done[user] for user in todo}
-        batch = next_batch(chunks, left, lora.tokens_per_batch)
+        batch = next_batch(chunks, left, budget.tokens)
         for chunk in batch:
             del chunks[chunk.user]
 
-        results = gradients(model, bank, batch, lora, accelerator, width)
+        results = gradients(model, bank, batch, lora, accelerator, blocks, budget)
         if len(batch) > 1 and not all(map(_finite, results)):
             # What is not finite spreads within a row (0 * NaN in attention), so all are done again, each alone.
-            results = [gradients(model, bank, [chunk], lora, accelerator, width)[0] for chunk in batch]
+            results = [gradients(model, bank, [chunk], lora, accelerator, blocks, budget)[0] for chunk in batch]
 
         for chunk, result in zip(batch, results, strict=True):
             user = chunk.user
@@ -131,21 +138,23 @@ def _finite(result: Result) -> bool:
 
 def gradients(
     model: PreTrainedModel,
-    bank: LoraBank,
+    bank: Bank,
     chunks: Sequence[Chunk],
-    lora: Lora,
+    lora: Training,
     accelerator: Accelerator,
-    width: int = WIDTH,
+    blocks: bool = True,
+    budget: Budget | None = None,
 ) -> list[Result]:
     """Forward and backward of one step of these (distinct) users, in as many passes as the token budget asks for."""
     device = bank.weights.device
     losses = torch.zeros(len(chunks), dtype=torch.float64, device=device)
     bank.grads.clear()
-    for rows in micro_batches(fill_rows(chunks, width), lora.tokens_per_batch):
-        packed = assemble(chunks, rows).to(device)
+
+    def run(pieces: Sequence[Piece]) -> None:
+        packed = assemble(chunks, pieces).to(device)
         keys = packed.dropout_keys() if bank.dropout else None
-        mask = attention_mask(model, packed)
-        with bank.use(packed.users, packed.ends, keys), head_at(model, packed.positions):
+        users = bank.use(packed.users, packed.ends, keys)
+        with users, head_at(model, packed.positions), attention_over(model, packed, blocks) as mask:
             with accelerator.autocast():
                 logits = model(
                     input_ids=packed.input_ids,
@@ -157,6 +166,9 @@ def gradients(
             loss = F.cross_entropy(logits, packed.targets, reduction="none") * packed.weights.to(logits.dtype)
             accelerator.backward(loss.sum())
         losses.index_add_(0, packed.chunks, loss.detach().double())
+
+    budget = budget or Budget.found(lora.tokens_per_batch, model, bank.weights.shape[1], len(bank))
+    budget.passes(chunks, run, sparing=lambda: checkpointed(model))
     grads = [bank.grads.pop(chunk.user) for chunk in chunks]
     norms = [_clip(grad, lora.max_grad_norm) for grad in grads]
     numbers = zip(losses.tolist(), grads, torch.stack(norms).tolist(), strict=True)  # one wait for the device

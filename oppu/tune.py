@@ -14,7 +14,6 @@ import polars as pl
 from oppu.cells import pool_of
 from oppu.files import read_json, read_user, write_bytes
 from oppu.profiles import profile_of
-from oppu.recipe import lora_of
 from oppu.scores import score
 from oppu.split import read_queries
 from oppu.tasks import tasks
@@ -58,7 +57,7 @@ def run(
         log.info("lr %g, %d epochs: %s", lr, count, metrics)
         rows += [
             {"task": task.name, "augmentation": values["augmentation"], "lr": lr, "epochs": count}
-            | {"metric": name, "value": metrics[name], "rank": lora_of(point).rank}
+            | {"metric": name, "value": metrics[name], "rank": point["training"].get("rank"), "peft": values["peft"]}
             for name in task.metrics
         ]
     write_bytes(out, pl.DataFrame(rows).write_csv().encode(), mode=0o644)

@@ -7,20 +7,38 @@ import math
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from oppu.config import Lora
+from oppu.config import Ia3Training, Lora, PromptTraining, Training
 from oppu.rows import Example
 
 
+def peft_config(of: Training) -> PeftConfig:
+    """PEFT's own configuration of a kind; layers that are not named are PEFT's to find."""
+    if isinstance(of, Ia3Training):
+        layers = {"target_modules": of.target_modules, "feedforward_modules": of.feedforward_modules}
+        return IA3Config(**layers, task_type="CAUSAL_LM")
+    if isinstance(of, PromptTraining):
+        return PromptTuningConfig(num_virtual_tokens=of.virtual_tokens, task_type="CAUSAL_LM")
+    assert isinstance(of, Lora)
+    return LoraConfig(r=of.rank, lora_alpha=of.alpha, target_modules=of.target_modules, task_type="CAUSAL_LM")
+
+
 def train_alone(
-    model: PreTrainedModel, start: dict[str, Tensor], examples: list[Example], plan: list[list[int]], lora: Lora
+    model: PreTrainedModel, start: dict[str, Tensor], examples: list[Example], plan: list[list[int]], lora: Training
 ) -> dict[str, Tensor]:
     """The trained adapter of one user, from the initial parameters `start`."""
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
-    peft = get_peft_model(copy.deepcopy(model), config)
+    peft = get_peft_model(copy.deepcopy(model), peft_config(lora))
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
@@ -33,8 +51,8 @@ def train_alone(
         count = sum(len(examples[n].target) for n in step)
         for n in step:
             prompt, target = examples[n].prompt, examples[n].target
-            logits = peft(input_ids=torch.tensor([prompt + target])).logits[0]
-            loss = F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(target), reduction="sum") / count
+            logits = peft(input_ids=torch.tensor([prompt + target])).logits[0]  # of virtual tokens too
+            loss = F.cross_entropy(logits[-len(target) - 1 : -1], torch.tensor(target), reduction="sum") / count
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, lora.max_grad_norm)
         optimiser.step()

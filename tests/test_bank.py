@@ -13,11 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config
 
+from oppu.attention import attention_over
 from oppu.bank import LoraBank, grouped, kept, load_adapter, save_adapter
 from oppu.models import head_at, load_base, load_model, load_tokenizer, merge, target_linears
 from oppu.packing import assemble
 from oppu.records import InputError
-from oppu.rows import Chunk, Example, fill_rows
+from oppu.rows import Chunk, Example, passes
 from oppu.training import gradients
 from tests.tiny_models import VOCAB, settings, some_examples, tiny_config, tiny_llama
 
@@ -160,10 +161,11 @@ def test_the_gradient_of_ones_loss_for_anothers_adapter_is_exactly_zero() -> Non
     model = tiny_llama()
     bank = randomised(LoraBank(model, settings(), 3, 0))
     chunks = [Chunk(u, tuple(e)) for u, e in enumerate(some_examples(0, [3, 3, 3]))]
-    packed = assemble(chunks, fill_rows(chunks))
-    assert len(packed.input_ids) == 1, "the three are to share a row"
-    with bank.use(packed.users, packed.ends), head_at(model, packed.positions):
-        logits = model(packed.input_ids, packed.mask, packed.position_ids).logits
+    packed = assemble(chunks, passes(chunks, 10_000)[0])
+    assert len(packed.users) == 3, "the three are to share a pass"
+    users = bank.use(packed.users, packed.ends)
+    with users, head_at(model, packed.positions), attention_over(model, packed, blocks=True) as mask:
+        logits = model(packed.input_ids, mask, packed.position_ids).logits
         logits[packed.chunks == 1].square().sum().backward()
     assert bank.grads[1].abs().max() > 0
     assert not bank.grads[0].any()

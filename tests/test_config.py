@@ -34,7 +34,10 @@ def test_every_shipped_config_loads(path: Path) -> None:
             assert json.loads(json.dumps([base, cell])) == [base, cell]
             assert base["runtime"]["model"] == loaded.model.model_dump(include={"path", "revision", "convert"})
             assert recipe.lora_of(base).alpha
-            assert peft == "none" or recipe.lora_of(cell).alpha == cell["training"]["rank"]
+            if peft in ("none", "ia3", "prompt"):
+                assert peft == "none" or recipe.training_of(cell) == loaded.training(peft, task)
+            else:
+                assert recipe.lora_of(cell).alpha == cell["training"]["rank"]
 
 
 def test_the_papers_preset_is_table_4() -> None:
@@ -73,6 +76,24 @@ def test_personal_settings_come_from_table_4_where_nothing_else_is_said() -> Non
     assert shipped.lora("LaMP_3").lr == 1e-5
 
 
+def test_other_kinds_have_settings_of_their_own_over_the_personal_ones() -> None:
+    values = {
+        "personal": {"rank": 16, "epochs": 5, "max_items": 7, "warmup": 0.2},
+        "task_personal": {"LaMP_4": {"lr": 1e-3, "batch_size": 9}},
+        "ia3": {"lr": 5e-3, "target_modules": ["v_proj"]},
+        "prompt": {"virtual_tokens": 8, "epochs": 6},
+    }
+    loaded = config.load(values | {"peft": ["lora", "ia3", "prompt"], "augmentations": ["k0"]})
+    ia3, prompt = loaded.training("ia3", "LaMP_4"), loaded.training("prompt", "LaMP_4")
+    assert (ia3.lr, ia3.weight_decay, ia3.epochs, ia3.batch_size, ia3.target_modules) == (5e-3, 0, 5, 9, ["v_proj"])
+    assert (prompt.lr, prompt.epochs, prompt.max_items, prompt.warmup, prompt.virtual_tokens) == (3e-2, 6, 7, 0.2, 8)
+    keys = {p: set(recipe.cell_recipe(loaded, "LaMP_4", "k0", p, "full")["training"]) for p in loaded.peft}
+    shared = keys["ia3"] & keys["prompt"]
+    assert shared == keys["lora"] - {"rank", "alpha", "dropout", "target_modules"}
+    assert keys["ia3"] - shared == {"target_modules", "feedforward_modules"}
+    assert keys["prompt"] - shared == {"virtual_tokens", "init"}
+
+
 def test_the_main_table_is_run_column_by_column_and_nothing_else() -> None:
     shipped = config.load(yaml.safe_load((ROOT / "config/table1-sample.yaml").read_text()))
     assert {(a, p) for a, p, _ in shipped.settings} == set(SETTINGS.values())
@@ -95,6 +116,11 @@ def test_repeats_are_settings_of_their_own_and_random_is_run_without_an_adapter(
         ({"peft": ["none", "pooled"]}, "benchmark: true"),
         ({"peft": ["none", "swapped"]}, "list lora too"),
         ({"profiles": {"backend": "llm"}}, r"profiles\.path"),
+        (
+            {"ia3": {"target_modules": ["k_proj"], "feedforward_modules": ["up_proj"]}},
+            "up_proj must stand in ia3.target",
+        ),
+        ({"prompt": {"rank": 8}}, "prompt.rank"),
         ({"task_data": {"LaMP_9": "x"}}, "task_data: no task"),
         ({"task_base": {"LaMP_3": {"learning_rate": 1}}}, "learning_rate"),
     ],

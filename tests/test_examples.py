@@ -11,6 +11,7 @@ from oppu.config import parse_augmentation
 from oppu.examples import Context, history_examples, query_examples, query_prompts
 from oppu.models import load_tokenizer
 from oppu.records import Item, User
+from oppu.rows import virtual
 from oppu.tasks import task, tasks
 from tests.test_golden import ROOT, person
 
@@ -95,3 +96,15 @@ def test_text_with_braces_and_newlines_stays_text() -> None:
     item = Item("1", None, {"text": "{article}\n{0} {category}", "category": "politics"})
     (example,) = history_examples(context("LaMP_2N"), replace(person("LaMP_2N"), history=(item,)), None, Counter())
     assert "{article}\n{0} {category}" in TOKENIZER.decode(example.prompt)
+
+
+@pytest.mark.parametrize("name", ["LaMP_2N", "LaMP_7"])
+def test_virtual_tokens_stand_before_every_prompt_and_take_their_room(name: str) -> None:
+    """The same prompts as with so much less room, and never over it."""
+    user = grown(person(name), name, 3, "very long text " * 1000)
+    with_lead, shorter = replace(context(name, "k1"), lead=virtual(20)), context(name, "k1", 256 - 20)
+    examples, plain = (history_examples(c, user, None, Counter()) for c in (with_lead, shorter))
+    assert [(e.prompt, e.target) for e in examples] == [(virtual(20) + e.prompt, e.target) for e in plain]
+    assert 128 < max(map(len, examples)) <= 256
+    asked, bare = (query_prompts(c, user, None, 16, Counter()) for c in (with_lead, shorter))
+    assert [tokens for *_, tokens in asked] == [[*virtual(20), *tokens] for *_, tokens in bare]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -23,11 +24,11 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from oppu.attention import check_packing, windows
+from oppu.attention import takes_blocks, windows
 from oppu.bank import LoraBank, load_adapter, save_adapter
 from oppu.config import Generation
 from oppu.generation import generate
-from oppu.models import default_targets, load_base, load_model, load_tokenizer
+from oppu.models import default_targets, load_base, load_model, load_tokenizer, merge
 from oppu.records import InputError
 from oppu.rows import Example, plan
 from oppu.training import train
@@ -102,7 +103,7 @@ def test_saved_adapters_are_pefts_and_merging_is_pefts(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-window"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_merged_in_float32_from_what_is_stored_then_cast(name: str, stored: torch.dtype, tmp_path: Path) -> None:
     tiny_llama(stored, config=CONFIGS[name]).save_pretrained(tmp_path / "raw")
     whole = load_model(str(tmp_path / "raw"), dtype="float32")
@@ -121,11 +122,44 @@ def test_merged_in_float32_from_what_is_stored_then_cast(name: str, stored: torc
     assert set(frequencies.values()) <= {torch.float32}
 
 
-def test_only_the_merged_layers_are_ever_float32(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_only_the_layers_to_merge_keep_what_is_stored(stored: torch.dtype, tmp_path: Path) -> None:
+    """So a model stored and run in 16 bits never takes more than that, but for the one layer being merged."""
+    tiny_llama(stored).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype="bfloat16", exact=["q_proj", "v_proj"])
-    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert wide == {f"model.layers.{n}.self_attn.{x}_proj.weight" for n in (0, 1) for x in "qv"}
+    found = {name: p.dtype for name, p in model.named_parameters()}
+    exact = {f"model.layers.{n}.self_attn.{x}_proj.weight" for n in (0, 1) for x in "qv"}
+    assert {found.pop(name) for name in exact} == {stored}
+    assert set(found.values()) == {torch.bfloat16}
+    whole = load_model(str(tmp_path), dtype="float64", exact=["q_proj"])
+    assert {p.dtype for p in whole.parameters()} == {torch.float64}
+
+
+def test_one_layer_at_a_time_is_wide_while_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama(torch.float16).save_pretrained(tmp_path / "raw")
+    whole = load_model(str(tmp_path / "raw"))
+    get_peft_model(whole, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(str(tmp_path / "task"))
+    wide: list[int] = []
+    plain = LoraLinear.merge
+
+    def counting(self: LoraLinear) -> None:
+        plain(self)
+        layers = [m for m in loaded[0].modules() if isinstance(m, LoraLinear)]
+        wide.append(sum(m.get_base_layer().weight.dtype == torch.float32 for m in layers))
+
+    loaded = [load_model(str(tmp_path / "raw"), dtype="bfloat16", exact=["q_proj", "v_proj"])]
+    monkeypatch.setattr(LoraLinear, "merge", counting)
+    merge(loaded[0], tmp_path / "task", torch.bfloat16)
+    assert wide == [1] * 4
+
+
+def test_loading_leaves_no_hook_behind(tmp_path: Path) -> None:
+    """A device map may; they would slow every forward pass down."""
+    tiny_llama().save_pretrained(tmp_path)
+    for module in load_model(str(tmp_path), device=torch.device("cpu")).modules():
+        assert not hasattr(module, "_hf_hook")
+        assert not (module._forward_hooks or module._forward_pre_hooks)
+        assert "forward" not in vars(module)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3-window", "qwen3"])
@@ -167,15 +201,17 @@ def test_models_that_packed_rows_would_train_wrong_are_refused() -> None:
     hybrid = Qwen3NextConfig(**small, num_hidden_layers=2, num_attention_heads=2, num_experts=2, intermediate_size=32)
     for config, why in ((neo, "local windows"), (bloom, "place in the row"), (hybrid, "linear_attention")):
         with pytest.raises(InputError, match=why):
-            check_packing(AutoModelForCausalLM.from_config(config))
+            takes_blocks(AutoModelForCausalLM.from_config(config))
     with pytest.raises(InputError, match="OneMask takes no mask per kind of layer"):
-        check_packing(OneMask(CONFIGS["gemma3-window"]))
+        takes_blocks(OneMask(CONFIGS["gemma3-window"]))
     bank = LoraBank(tiny_llama(config=neo), settings(), 1, 0)
     with pytest.raises(InputError, match="GPTNeoForCausalLM counts its local windows"):
         train(tiny_llama(config=neo), bank, [[Example((1,), (2,))]], [[[0]]], settings(), Accelerator(cpu=True))
+    codegen = CodeGenConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    assert not takes_blocks(tiny_llama(config=codegen)), "its attention is its own: one mask for the whole line"
     for name, config in CONFIGS.items():
         model = tiny_llama(config=config)
-        check_packing(model)
+        assert takes_blocks(model)
         assert (WINDOW in windows(model).values()) == name.endswith("window")
 
 

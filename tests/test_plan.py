@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from oppu import training
 from oppu.bank import LoraBank, save_adapter
+from oppu.banks import bank_for
 from oppu.config import Config, Lora, load
 from oppu.examples import Context, history_examples
 from oppu.models import load_tokenizer
@@ -31,7 +32,7 @@ from oppu.seeds import seed_text
 from oppu.shape import known, llama_like, shape_of
 from oppu.tasks import task
 from tests.lamp_files import write_task
-from tests.tiny_models import tiny_config, tiny_llama
+from tests.tiny_models import CONFIGS, settings_of, tiny_config, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "data/models/oppu-tiny")
@@ -62,10 +63,9 @@ def test_tokens_are_those_that_the_trainer_runs_on(tmp_path, monkeypatch, max_it
 
     def watched(chunks, rows):
         packed = assemble(chunks, rows)
-        seen["computed"] += packed.input_ids.numel()
-        seen["packed"] += int((packed.piece >= 0).sum())
+        seen["packed"] += packed.input_ids.numel()
         seen["labels"] += len(packed.targets)
-        seen["pairs"] += packed.input_ids.shape[0] * packed.input_ids.shape[1] ** 2
+        seen["pairs"] += int((packed.spans[:, 1] * (packed.spans[:, 1] + packed.spans[:, 3])).sum())
         return packed
 
     monkeypatch.setattr(training, "assemble", watched)
@@ -154,6 +154,42 @@ def test_adapter_bytes_are_those_of_a_saved_adapter(tmp_path, targets):
     assert llama_like(tiny_config().to_dict()).adapter(lora) * 4 == saved
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["ia3", "prompt"])
+def test_bytes_of_the_other_kinds_are_those_of_a_saved_adapter(tmp_path, kind, name):
+    CONFIGS[name].save_pretrained(tmp_path)
+    shape, _ = shape_of(str(tmp_path))
+    model = tiny_llama(config=CONFIGS[name])
+    bank = bank_for(model, settings_of(kind), 1, 0)
+    save_adapter(tmp_path, bank, 0, "base")
+    saved = sum(t.numel() * t.element_size() for t in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert shape is not None and shape.adapter(settings_of(kind)) * 4 == saved
+
+
+def test_figure_6s_shares_of_llama_2_7b():
+    """The paper's text has LoRA .01 % and (IA)3 .06 %: by these counts the two are swapped (docs/paper.md)."""
+    paper = load({"model": {"path": "meta-llama/Llama-2-7b-hf"}})
+    shape, _ = shape_of(paper.model.path)
+    assert shape is not None
+    shares = {
+        p: 100 * shape.adapter(paper.training(p, "LaMP_2M")) / shape.parameters for p in ("lora", "ia3", "prompt")
+    }
+    assert shares == pytest.approx({"lora": 0.0622, "ia3": 0.00912, "prompt": 0.00122}, rel=0.01)
+
+
+def test_other_kinds_have_steps_and_longer_prompts(tmp_path):
+    """Of the same examples: prompt tuning adds its tokens to each, once per shared beginning."""
+    plan = make_plan(small(tmp_path, peft=["none", "lora", "ia3", "prompt"], prompt={"virtual_tokens": 11}), H100)
+    steps = {(step.step, step.setting.split("/")[1]): step for step in plan.steps if step.step != "base"}
+    lora, ia3, prompt = (steps["personal", kind] for kind in ("lora", "ia3", "prompt"))
+    assert lora.tokens == ia3.tokens and lora.packed == ia3.packed
+    assert prompt.tokens == lora.tokens + 11 * lora.examples
+    assert lora.packed < prompt.packed < lora.packed + 11 * lora.examples
+    assert 0 < (ia3.disk or 0) < (lora.disk or 0) and (prompt.disk or 0) == 4 * 11 * 192 * 4
+    none, asked = steps["prediction", "none"], steps["prediction", "prompt"]
+    assert asked.tokens == none.tokens + 11 * none.examples == steps["prediction", "ia3"].tokens + 11 * none.examples
+
+
 def test_a_target_that_the_model_lacks_is_refused():
     with pytest.raises(InputError, match=r"'out_proj' matches no layer; there are down_proj.*q_proj"):
         llama_like(tiny_config().to_dict()).adapter(Lora(rank=4, target_modules=["out_proj"]))
@@ -198,7 +234,7 @@ def test_longer_prompts_batches_and_epochs_cost_more(tmp_path):
 
     assert cost() < cost(augmentations=["k1"]) < cost(augmentations=["k4"])
     assert cost(personal={"epochs": 6}) == pytest.approx(2 * cost(personal={"epochs": 3}), rel=0.02)
-    assert cost(personal={"max_items": 2}) < cost() / 3
+    assert cost(personal={"max_items": 2}) < cost() / 2
 
 
 def test_without_files_table_5_is_taken_and_said(tmp_path, monkeypatch):

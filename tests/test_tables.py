@@ -283,6 +283,22 @@ def test_controls_have_differences_and_lora_is_set_against_them():
     assert set(versus.filter(pl.col("peft") != "lora")["against"]) == {"none"}
 
 
+def test_other_kinds_have_differences_and_are_in_holms_family():
+    every = [*both(NEWS), setting(NEWS, "k0", "ia3", 0.7, seed=2), setting(NEWS, "k0", "prompt", 0.5, seed=3)]
+    scores, versus = scores_table(found := boards(every, {}, HOW)), versus_table(found, {}, HOW)
+    for metric in ("accuracy", "f1"):
+        values = {r["peft"]: r for r in scores.filter(metric=metric).iter_rows(named=True)}
+        for kind in ("lora", "ia3", "prompt"):
+            assert values[kind]["diff"] == pytest.approx(values[kind]["value"] - values["none"]["value"])
+    family = scores.filter(pl.col("peft") != "none")
+    smallest = family.sort("p_value").row(0, named=True)
+    assert smallest["p_holm"] == pytest.approx(min(1, 6 * smallest["p_value"])), "three kinds, two metrics"
+    against = versus.filter(metric="accuracy").rows_by_key(["peft", "against"], named=True, unique=True)
+    assert set(against) >= {(k, "none") for k in ("lora", "ia3", "prompt")} | {("lora", "ia3"), ("lora", "prompt")}
+    pair = against["lora", "ia3"]
+    assert pair["diff"] == pytest.approx(pair["value"] - pair["other"])
+
+
 def test_holm_is_over_all_comparisons_of_lora_against_none():
     scores = scores_table(boards(with_controls(NEWS) + both(RATING) + both(TITLES, "k1"), {}, HOW))
     compared = scores.filter(pl.col("p_value").is_not_null())

@@ -30,6 +30,17 @@ def test_differences_references_and_mixed_users_are_shown(shown):
     assert any(line.split() == ["lora", "minus", "none", "user-majority", "bag-of-words"] for line in first)
 
 
+def test_other_kinds_stand_below_lora_with_both_differences(shown):
+    every = [*both(NEWS), setting(NEWS, "k0", "ia3", 0.7, seed=2), setting(NEWS, "k0", "prompt", 0.1, seed=3)]
+    lines = shown(every, {}, {}).split("\n\n")[0].splitlines()
+    heads = [line.split() for line in lines[3::2]]
+    assert heads[:2] == [["kind", k, k, "-", "none", "lora", "-", k] for k in ("ia3", "prompt")]
+    assert " *" in lines[4] and lines[4].count("[") == 3
+    assert "worse" in lines[6]
+    assert "puts learned tokens" in shown(every, {}, {}).replace("\n", " ")
+    assert "puts learned" not in shown(both(NEWS), {}, {}).replace("\n", " ")
+
+
 def test_what_is_worse_is_not_starred(shown):
     text = shown([setting(RATING, "k0", "none", 0.9), setting(RATING, "k0", "lora", 0.3, seed=1)], {}, {})
     row = next(line for line in text.splitlines() if line.startswith("  k0"))

@@ -25,16 +25,12 @@ def plans_of(examples: list[list[Example]], keys: list[int]) -> list[list[list[i
     return [plan(len(e), 2, 4, f"0 LaMP_x user {key}") for e, key in zip(examples, keys, strict=True)]
 
 
-def cohort(
-    model: PreTrainedModel, lora: Lora, users: list[int], width: int = 384
-) -> tuple[dict[int, dict[str, Tensor]], list[Trained]]:
+def cohort(model: PreTrainedModel, lora: Lora, users: list[int]) -> tuple[dict[int, dict[str, Tensor]], list[Trained]]:
     """Train these users of the fixed five together; adapters by user."""
     everyone = some_examples(1, COUNTS)
     examples = [everyone[u] for u in users]
     bank = LoraBank(model, lora, len(users), seed=3)
-    results = train(
-        model, bank, examples, plans_of(examples, users), lora, Accelerator(cpu=True), seeds=users, width=width
-    )
+    results = train(model, bank, examples, plans_of(examples, users), lora, Accelerator(cpu=True), seeds=users)
     bank.close()
     return {user: bank.state_dict(place) for place, user in enumerate(users)}, results
 
@@ -74,7 +70,7 @@ def test_order_company_and_budget_change_nothing(dtype: torch.dtype) -> None:
         cohort(model, settings(), [4, 0, 3, 2, 1]),
         cohort(model, settings(tokens_per_batch=40), [0, 3, 4]),
         cohort(model, settings(tokens_per_batch=100_000), [0, 1, 3]),
-        cohort(model, settings(), [1, 3], width=30),
+        cohort(model, settings(tokens_per_batch=1), [1, 3]),
     ]
     for adapters, _ in others:
         for user, adapter in adapters.items():
@@ -97,7 +93,7 @@ def test_dropout_depends_on_the_user_alone() -> None:
     for adapters, _ in (
         cohort(model, lora, [3]),
         cohort(model, lora, [4, 3, 1]),
-        cohort(model, settings(dropout=0.3, tokens_per_batch=40), [3, 0], width=30),
+        cohort(model, settings(dropout=0.3, tokens_per_batch=40), [3, 0]),
     ):
         assert distance(adapters[3], together[3]) < 1e-12
 

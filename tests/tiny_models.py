@@ -20,9 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from oppu.config import Lora
+from oppu.config import Ia3Training, Lora, PromptTraining, Training
 from oppu.models import freeze
-from oppu.rows import Example
+from oppu.rows import Example, virtual
 
 VOCAB, EOS = 97, 2
 
@@ -101,6 +101,26 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def settings(**changes: object) -> Lora:
     values: dict[str, object] = {"rank": 4, "alpha": 8, "lr": 1e-2, "weight_decay": 1e-2, "epochs": 2, "batch_size": 4}
     return Lora(**(values | {"max_grad_norm": 0.3, "tokens_per_batch": 200} | changes))
+
+
+KINDS = ("lora", "ia3", "prompt")
+
+
+def settings_of(kind: str, **changes: object) -> Training:
+    """Settings of any kind; learning rates at which each moves well."""
+    if kind == "lora":
+        return settings(**changes)
+    values: dict[str, object] = {"weight_decay": 1e-2, "epochs": 2, "batch_size": 4}
+    values |= {"max_grad_norm": 0.3, "tokens_per_batch": 200} | changes
+    if kind == "ia3":
+        return Ia3Training(**({"lr": 3e-2} | values))
+    return PromptTraining(**({"lr": 3e-2, "virtual_tokens": 5} | values))
+
+
+def with_virtual(examples: list[list[Example]], lora: Training) -> list[list[Example]]:
+    """The examples as a context of these settings makes them."""
+    lead = virtual(lora.virtual_tokens) if isinstance(lora, PromptTraining) else ()
+    return [[Example(lead + e.prompt, e.target) for e in own] for own in examples]
 
 
 def some_examples(seed: int, counts: list[int]) -> list[list[Example]]:

@@ -28,7 +28,10 @@ def canary(user_id: str) -> str:
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A finished run on data in which every item of every user carries that user's canary, and every own profile."""
     project = Project.make(
-        tmp_path_factory.mktemp("canary") / "project", augmentations=AUGMENTATIONS, users_per_job=100
+        tmp_path_factory.mktemp("canary") / "project",
+        augmentations=AUGMENTATIONS,
+        peft=["none", "lora", "ia3", "prompt"],
+        users_per_job=100,
     )
     for part in ("dev", "train"):
         path = project.folder / f"data/raw/LaMP_2N/{part}_questions.json"

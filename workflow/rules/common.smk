@@ -38,7 +38,7 @@ BENCHMARKS = f"{RESULTS}/benchmarks"
 wildcard_constraints:
     task="|".join(TASKS),
     augmentation=r"((profile-)?((recency|dense)-)?k\d+|random)(-s\d+)?",
-    peft="none|lora|pooled|swapped",
+    peft="none|lora|ia3|prompt|pooled|swapped",
     history="full",
     user="u-[0-9a-f]{12}",
     cohort="[0-9]{3}|u-[0-9a-f]{12}",

@@ -136,7 +136,7 @@ rule tune_setting:
         queries=f"{SPLIT}/queries.parquet",
         base=f"{BASE}/base.json",
         base_users=base_users,
-        recipe=f"{TASK}/{{augmentation}}/lora/full/recipe.json",
+        recipe=f"{TASK}/{{augmentation}}/{CONFIG.tune.peft}/full/recipe.json",
         profiles=lambda w: profiles(w.task, w.augmentation),
     output:
         f"{TASK}/{{augmentation}}/tune.csv",
