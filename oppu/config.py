@@ -326,7 +326,7 @@ class Config(Closed):
             problems.append("profiles.chat_template: must hold {prompt}, where the prompt goes")
         if "pooled" in self.peft and not self.benchmark:
             problems.append("peft: pooled trains on all test users' texts together; it needs `benchmark: true`")
-        starts = {self.lora(task).start for task in set(self.tasks) & set(tasks())}
+        starts = {self.task_personal.get(task, {}).get("start", self.personal.start) for task in self.tasks}
         if "pooled" in starts and not self.benchmark:
             problems.append(
                 "personal.start: pooled begins at an adapter trained on all test users' texts together; it needs"

@@ -65,6 +65,13 @@ def test_nothing_changes_for_those_who_begin_at_the_start() -> None:
     assert one == recipe.adapter_key(PREVIOUS, MANIFEST, person(5), None, None), "the first link of any chain"
 
 
+def test_every_own_kind_may_go_on_and_only_lora_begins_at_the_pooled_lora() -> None:
+    for start, there in (("previous", {"lora", "ia3", "prompt"}), ("pooled", {"lora"}), ("initial", set())):
+        shipped = config.load({"tasks": ["LaMP_2N"], "benchmark": True, "personal": {"start": start}})
+        kinds = ("none", "lora", "ia3", "prompt", "pooled", "swapped")
+        assert {k for k in kinds if "start" in recipe.cell_recipe(shipped, "LaMP_2N", "k0", k, "full")} == there
+
+
 def test_appended_items_are_learned_alone_with_a_share_of_old_ones(tmp_path: Path) -> None:
     first = learned(tmp_path, PREVIOUS, 10)
     assert first.record["trained_on"] == [
