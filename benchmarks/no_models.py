@@ -50,7 +50,7 @@ class Cohort:
     def save(self, adapter: str, folder: Path) -> None:
         write_adapter(folder)
 
-    def train(self, keys: Sequence[str], finished: Callable[[str], None]) -> dict[str, str]:
+    def train(self, keys: Sequence[str], finished: Callable[[str], None], lessons: object = None) -> dict[str, str]:
         for key in keys:
             finished(key)
         return {}

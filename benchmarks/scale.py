@@ -33,7 +33,7 @@ MIB = 2**20
 def settings(options: argparse.Namespace) -> Lora:
     """Table 4's settings of the task, with one epoch and a learning rate that moves something."""
     changes = {"epochs": 1, "lr": 1e-3, "tokens_per_batch": options.tokens_per_batch}
-    return Lora(**Config().lora(options.task).model_dump() | changes)
+    return Config().lora(options.task).model_copy(update=changes)
 
 
 def train_cohort(

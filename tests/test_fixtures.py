@@ -133,7 +133,7 @@ BASE = {"examples": "queries+history", "rank": 16, "lr": 5e-3, "epochs": 3, "bat
 PERSONAL = {"rank": 16, "lr": 1e-2, "epochs": 3, "batch_size": 8, "weight_decay": 0.0, "target_modules": ALL}
 TUNED = {
     "LaMP_1": ({"max_items": 3}, {"epochs": 8, "batch_size": 4}),
-    "LaMP_2M": ({}, {"epochs": 8, "batch_size": 4}),
+    "LaMP_2M": ({}, {"epochs": 12, "batch_size": 4}),
     "LaMP_3": ({}, {"epochs": 8, "batch_size": 4}),
     "LaMP_7": ({"epochs": 6, "max_items": 10}, {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
 }
