@@ -41,7 +41,7 @@ def check_packing(model: PreTrainedModel) -> None:
     if len(windows(model)) == 1:
         return
     one = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    mask = _as_wanted(model, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device))
+    mask = as_wanted(model, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device))
     try:
         with torch.no_grad():
             model(input_ids=one, attention_mask={FULL: mask, SLIDING: mask}, use_cache=False)
@@ -52,11 +52,11 @@ def check_packing(model: PreTrainedModel) -> None:
 
 def attention_mask(model: PreTrainedModel, packed: Packed) -> Tensor | dict[str, Tensor]:
     """The packed batch's mask as the model takes it, [R, 1, T, T]; one per kind where its layers differ."""
-    masks = {kind: _as_wanted(model, packed.mask_within(window)) for kind, window in windows(model).items()}
+    masks = {kind: as_wanted(model, packed.mask_within(window)) for kind, window in windows(model).items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _as_wanted(model: PreTrainedModel, mask: Tensor) -> Tensor:
+def as_wanted(model: PreTrainedModel, mask: Tensor) -> Tensor:
     """Eager attention adds its mask to the scores; the others take it as it is."""
     if model.config.get_text_config()._attn_implementation != "eager":
         return mask

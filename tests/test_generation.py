@@ -11,7 +11,8 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from oppu.bank import LoraBank
 from oppu.config import Generation
-from oppu.generation import SeededSampling, batches, generate
+from oppu.decoding import batches
+from oppu.generation import SeededSampling, generate
 from tests.tiny_models import EOS, VOCAB, settings, tiny_llama
 
 
