@@ -22,8 +22,9 @@ PADDING = -1
 
 
 class Layer(DynamicLayer):
-    """One layer's keys and values [B, heads, columns, size]: room made once, where transformers' own copies all anew
-    for every token. `start` [B, heads, columns so far, size] are those of what the rows begin with.
+    """One layer's keys and values [B, heads, columns, size], `start` being those of what the rows begin with.
+
+    Room is made once for all columns: transformers' own layer copies all that was for every token that comes.
     """
 
     def __init__(self, columns: int, start: tuple[Tensor, Tensor] | None = None) -> None:
@@ -32,15 +33,23 @@ class Layer(DynamicLayer):
         if start is not None:
             self.update(*start)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write the next columns; returns all so far."""
-        first, self.used = self.used, self.used + key_states.shape[-2]
-        if first == 0:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._room_for(key_states), self._room_for(value_states)
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values = (x.new_empty(*x.shape[:2], self.columns, x.shape[3]) for x in (key_states, value_states))
+        first, self.used = self.used, self.used + key_states.shape[2]
         self.keys[:, :, first : self.used] = key_states
         self.values[:, :, first : self.used] = value_states
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def _room_for(self, states: Tensor) -> Tensor:
+        return states.new_empty(*states.shape[:2], self.columns, states.shape[3])
+
+    def continued(self, rows: Tensor, columns: int) -> Layer:
+        """These rows with room for so many columns."""
+        assert self.keys is not None and self.values is not None, "nothing was read"
+        return Layer(columns, (self.keys[rows, :, : self.used], self.values[rows, :, : self.used]))
 
     def get_seq_length(self) -> int:
         """Columns so far."""
@@ -63,7 +72,9 @@ class Rows:
         here = slice(self.used, self.used + ids.shape[1])
         self.used = here.stop
         self.positions[:, here] = positions
-        masks = {kind: as_wanted(self.model, self._mask(positions, window, tree)) for kind, window in self.windows.items()}
+        masks = {
+            kind: as_wanted(self.model, self._mask(positions, window, tree)) for kind, window in self.windows.items()
+        }
         with nullcontext() if at is None else head_at(self.model, at):
             logits: Tensor = self.model(
                 input_ids=ids,
@@ -89,8 +100,8 @@ class Rows:
         new = Rows(self.model, len(rows), columns)
         new.used = self.used
         new.positions[:, : self.used] = self.positions[rows, : self.used]
-        kept = [(x.keys[rows, :, : x.used], x.values[rows, :, : x.used]) for x in self.cache.layers]
-        new.cache = Cache(layers=[Layer(columns, start) for start in kept])
+        layers = [layer for layer in self.cache.layers if isinstance(layer, Layer)]
+        new.cache = Cache(layers=[layer.continued(rows, columns) for layer in layers])
         return new
 
 

@@ -93,7 +93,7 @@ def generate(
         answers = decode(asked, choose, ends, max_new_tokens, settings.tokens_per_batch, share)
     else:
         answers = _by_transformers(asked, tokenizer, settings, max_new_tokens, seeds)
-    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in answers]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:

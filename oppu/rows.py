@@ -22,7 +22,10 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
     The last prompt token stays with each prompt, since its logits predict the answer's first token.
     """
-    first, last = min(prompts), max(prompts)  # in dictionary order; what these two share, all share
+    first, last = (
+        min(map(tuple, prompts)),
+        max(map(tuple, prompts)),
+    )  # in dictionary order; what these two share, all share
     same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return min(same, min(map(len, prompts)) - 1)
 
