@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,34 +23,42 @@ PADDING = -1
 
 
 class Layer(DynamicLayer):
-    """One layer's keys and values [B, heads, columns, size], `start` being those of what the rows begin with.
+    """One layer's keys and values [B, heads, columns, size].
 
     Room is made once for all columns: transformers' own layer copies all that was for every token that comes.
     """
 
-    def __init__(self, columns: int, start: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, columns: int) -> None:
         super().__init__()
         self.columns, self.used = columns, 0
-        if start is not None:
-            self.update(*start)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write the next columns; returns all so far."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = self._room_for(key_states), self._room_for(value_states)
+            self.keys, self.values = self._room(key_states), self._room(value_states)
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         first, self.used = self.used, self.used + key_states.shape[2]
         self.keys[:, :, first : self.used] = key_states
         self.values[:, :, first : self.used] = value_states
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
-    def _room_for(self, states: Tensor) -> Tensor:
-        return states.new_empty(*states.shape[:2], self.columns, states.shape[3])
+    def _room(self, states: Tensor, rows: int | None = None) -> Tensor:
+        # Zeros, since a gap between a row's tokens is not seen but multiplied with zero.
+        return states.new_zeros(len(states) if rows is None else rows, states.shape[1], self.columns, states.shape[3])
 
-    def continued(self, rows: Tensor, columns: int) -> Layer:
-        """These rows with room for so many columns."""
-        assert self.keys is not None and self.values is not None, "nothing was read"
-        return Layer(columns, (self.keys[rows, :, : self.used], self.values[rows, :, : self.used]))
+    @classmethod
+    def gathered(cls, sources: Sequence[tuple[Layer, Tensor]], columns: int) -> Layer:
+        """The chosen rows of several layers, one below the other, with room for so many columns."""
+        new, count = cls(columns), sum(len(chosen) for _, chosen in sources)
+        new.used = max(layer.used for layer, _ in sources)
+        for name in ("keys", "values"):
+            room = new._room(getattr(sources[0][0], name), count)
+            parts = room.split([len(chosen) for _, chosen in sources])
+            for part, (layer, chosen) in zip(parts, sources, strict=True):
+                part[:, :, : layer.used] = getattr(layer, name)[chosen, :, : layer.used]
+            setattr(new, name, room)
+        new.dtype, new.device, new.is_initialized = room.dtype, room.device, True
+        return new
 
     def get_seq_length(self) -> int:
         """Columns so far."""
@@ -85,6 +94,12 @@ class Rows:
             ).logits
         return logits.flatten(0, -2)
 
+    def layer(self, number: int) -> Layer:
+        """The keys and values of one layer."""
+        layer = self.cache.layers[number]
+        assert isinstance(layer, Layer)
+        return layer
+
     def _mask(self, positions: Tensor, window: int | None, tree: Tensor | None) -> Tensor:
         """[B, 1, Q, columns so far] bool: True where a token may see a column. Padding sees padding: no NaN."""
         query, key = positions[:, :, None], self.positions[:, None, : self.used]
@@ -95,14 +110,24 @@ class Rows:
             mask[:, -len(tree) :, -len(tree) :] &= tree
         return (mask | ((query == PADDING) & (key == PADDING)))[:, None]
 
-    def continued(self, rows: Tensor, columns: int) -> Rows:
-        """These rows (one may stand more than once) as new ones, with room for so many columns."""
-        new = Rows(self.model, len(rows), columns)
-        new.used = self.used
-        new.positions[:, : self.used] = self.positions[rows, : self.used]
-        layers = [layer for layer in self.cache.layers if isinstance(layer, Layer)]
-        new.cache = Cache(layers=[layer.continued(rows, columns) for layer in layers])
-        return new
+
+def gathered(sources: Sequence[tuple[Rows, Tensor]], columns: int, done: bool = True) -> Rows:
+    """The chosen rows of several (one may stand more than once) as new ones, with room for so many columns.
+
+    Shorter ones get a gap before what comes next. The sources are `done`: each layer is let go as soon as it is copied.
+    """
+    new = Rows(sources[0][0].model, sum(len(chosen) for _, chosen in sources), columns)
+    new.used = max(rows.used for rows, _ in sources)
+    for part, (rows, chosen) in zip(new.positions.split([len(c) for _, c in sources]), sources, strict=True):
+        part[:, : rows.used] = rows.positions[chosen, : rows.used]
+    layers: list[Any] = []
+    for number in range(len(sources[0][0].cache.layers)):
+        layers.append(Layer.gathered([(rows.layer(number), chosen) for rows, chosen in sources], columns))
+        if done:
+            for rows, _ in sources:
+                rows.cache.layers[number] = Layer(0)
+    new.cache = Cache(layers=layers)
+    return new
 
 
 def left_padded(lists: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oppu.bank import LoraBank
-from oppu.cache import PADDING, Rows, left_padded
+from oppu.cache import PADDING, Rows, gathered, left_padded
 from oppu.rows import common_prefix
 
 SHARED = 8
@@ -82,10 +82,21 @@ class Part:
 
     def keep(self, places: Sequence[int]) -> None:
         """Drop all rows but these."""
-        kept = torch.tensor(places, dtype=torch.long, device=self.ids.device)
+        chosen = torch.tensor(places, dtype=torch.long, device=self.ids.device)
         self.numbers = [self.numbers[n] for n in places]
-        self.rows = self.rows.continued(kept, self.rows.positions.shape[1])
-        self.ids, self.positions = self.ids[kept], self.positions[kept]
+        self.rows = gathered([(self.rows, chosen)], self.rows.positions.shape[1])
+        self.ids, self.positions = self.ids[chosen], self.positions[chosen]
+
+
+def joined(parts: Sequence[Part], room: int) -> Part:
+    """Batches that read one token next as one batch, with room for so many tokens."""
+    sources = [(part.rows, torch.arange(len(part.numbers), device=part.ids.device)) for part in parts]
+    return Part(
+        [number for part in parts for number in part.numbers],
+        gathered(sources, max(part.rows.used for part in parts) + room),
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.positions for part in parts]),
+    )
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -149,37 +160,48 @@ def _part(asked: Asked, spans: Sequence[Span], begun: Rows | None, room: int) ->
     if begun is None:
         rows = Rows(asked.model, len(spans), columns)
     else:
-        rows = begun.continued(torch.tensor([s.row for s in spans], device=device), begun.used + columns)
+        chosen = torch.tensor([s.row for s in spans], device=device)
+        rows = gathered([(begun, chosen)], begun.used + columns, done=False)
     return Part([s.number for s in spans], rows, ids, positions)
 
 
 def decode(
     asked: Asked, choose: Choose, ends: Collection[int], limit: int, budget: int, share: bool = True
 ) -> list[list[int]]:
-    """The answers' tokens, at most `limit` each, an end token being the last where one was chosen."""
+    """The answers' tokens, at most `limit` each, an end token being the last where one was chosen.
+
+    Prompts are read in batches that suit the device, and answered in batches of up to `budget` tokens.
+    """
     answers: list[list[int]] = [[] for _ in asked.prompts]
-    for part in parts(asked, budget_on(asked.model.device, budget), limit, share):
-        while part.numbers:
-            with asked.adapters(part.numbers):
-                _decode_until_fewer(part, answers, choose, ends, limit)
-    return answers
 
+    def unfinished(part: Part) -> list[int]:
+        own = [answers[number] for number in part.numbers]
+        return [row for row, a in enumerate(own) if len(a) < limit and (not a or a[-1] not in ends)]
 
-def _decode_until_fewer(
-    part: Part, answers: list[list[int]], choose: Choose, ends: Collection[int], limit: int
-) -> None:
-    """Go on with a batch until so many rows are finished that it is worth dropping them, and drop them."""
-
-    def at_work() -> list[int]:
-        tokens = (answers[number] for number in part.numbers)
-        return [row for row, t in enumerate(tokens) if not t or (t[-1] not in ends and len(t) < limit)]
-
-    left = at_work()
-    while len(left) > KEPT * len(part.numbers):
+    def step(part: Part) -> None:
         tokens = choose(part.numbers, part.read())
         chosen = tokens.tolist()  # the one wait for the device
-        for row in left:
+        for row in unfinished(part):
             answers[part.numbers[row]].append(chosen[row])
         part.follow(tokens)
-        left = at_work()
-    part.keep(left)
+
+    def finish(part: Part) -> None:
+        while left := unfinished(part):
+            if len(left) <= KEPT * len(part.numbers):
+                part.keep(left)
+            with asked.adapters(part.numbers):
+                while len(unfinished(part)) > KEPT * len(part.numbers):
+                    step(part)
+
+    begun: list[Part] = []
+    for part in parts(asked, budget_on(asked.model.device, budget), 0, share):
+        with asked.adapters(part.numbers):
+            step(part)
+        columns = max(one.rows.used for one in [*begun, part])
+        if begun and columns * sum(len(one.numbers) for one in [*begun, part]) > budget:
+            finish(joined(begun, limit))
+            begun = []
+        begun.append(part)
+    if begun:
+        finish(joined(begun, limit))
+    return answers
