@@ -182,27 +182,33 @@ def takes_blocks(model: PreTrainedModel) -> bool:
         model(input_ids=one, position_ids=one, attention_mask=None, use_cache=False)
     if len(layout.seen) == config.num_hidden_layers and set(layout.seen) == set(wanted.values()):
         return True
-    if len(wanted) > 1:
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
-        try:
-            with torch.no_grad():
-                model(input_ids=one, attention_mask={FULL: mask, SLIDING: mask}, use_cache=False)
-        except (AttributeError, TypeError) as error:
-            name = type(model).__name__
-            raise InputError(
-                [f"{name} takes no mask per kind of layer; packed training cannot keep its window"]
-            ) from error
+    check_packing(model)
     return False
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise InputError unless the model can be given masks of our own: one per kind of layer where these differ."""
+    if len(windows(model)) == 1:
+        return
+    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    mask = as_wanted(model, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device))
+    try:
+        with torch.no_grad():
+            model(input_ids=one, attention_mask={FULL: mask, SLIDING: mask}, use_cache=False)
+    except (AttributeError, TypeError) as error:
+        name = type(model).__name__
+        raise InputError([f"{name} takes no mask per kind of layer; packed training cannot keep its window"]) from error
+
+
+def as_wanted(model: PreTrainedModel, mask: Tensor) -> Tensor:
+    """A mask as the model's own attention takes it."""
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
+    return _as_wanted(mask, model.config.get_text_config()._attn_implementation, dtype)
 
 
 def attention_mask(model: PreTrainedModel, packed: Packed) -> Tensor | dict[str, Tensor]:
     """A packed line's mask for a model that takes no blocks, [1, 1, N, N]; one per kind where its layers differ."""
-    config = model.config.get_text_config()
-    dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[assignment]
-    masks = {
-        kind: _as_wanted(packed.mask(window), config._attn_implementation, dtype)
-        for kind, window in windows(model).items()
-    }
+    masks = {kind: as_wanted(model, packed.mask(window)) for kind, window in windows(model).items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

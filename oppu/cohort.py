@@ -16,12 +16,14 @@ from accelerate import Accelerator
 from oppu.bank import Bank, load_adapter, save_adapter
 from oppu.banks import bank_for
 from oppu.config import Generation, parse_augmentation
+from oppu.decoding import Asked
 from oppu.encoder import Encoder
-from oppu.examples import Context, history_examples, query_prompts
+from oppu.examples import Context, history_examples, label_targets, query_prompts
 from oppu.generation import generate
+from oppu.labels import likeliest
 from oppu.models import load_base, load_tokenizer
 from oppu.recipe import base_digest, training_of
-from oppu.records import Item, User
+from oppu.records import Item, Query, User
 from oppu.retrieval import Search
 from oppu.rows import Example, plan, virtual
 from oppu.seeds import seed_of, seed_text
@@ -184,7 +186,8 @@ class Cohort:
     def predict(self, keys: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
         """Answers to all queries of these users, in one pass; and why each failed user failed."""
         settings = Generation(**self.recipe["generation"] | self.recipe["runtime"]["generation"])
-        answer_tokens = settings.max_new_tokens or self.context.task.output_tokens
+        labels = label_targets(self.context) if settings.labels == "score" else []
+        answer_tokens = max([settings.max_new_tokens or self.context.task.output_tokens, *map(len, labels)])
         failed: dict[str, str] = {}
         asked = []
         for key in keys:
@@ -195,16 +198,8 @@ class Cohort:
                 failed[key] = str(error)
                 continue
             asked += [(key, query, fitted, tokens) for query, fitted, tokens in prompts]
-        task = self.context.task.name
-        answers = generate(
-            self.model,
-            self.tokenizer,
-            [tokens for *_, tokens in asked],
-            settings,
-            answer_tokens,
-            bank=self.bank,
-            users=[self.row[key] for key, *_ in asked] if self.bank else None,
-            seeds=[seed_of(self.recipe["seed"], task, key, "sampling", query.id) for key, query, *_ in asked],
+        answers = self._answers(
+            settings, labels, [(key, query, tokens) for key, query, _, tokens in asked], answer_tokens
         )
         out: dict[str, list[dict[str, Any]]] = {key: [] for key in keys if key not in failed}
         for (key, query, fitted, tokens), answer in zip(asked, answers, strict=True):
@@ -212,3 +207,22 @@ class Cohort:
             out[key].append(row | {"cut_history": fitted.cut_history})
         log_memory()
         return out, failed
+
+    def _answers(
+        self,
+        settings: Generation,
+        labels: list[list[int]],
+        asked: Sequence[tuple[str, Query, list[int]]],
+        answer_tokens: int,
+    ) -> list[str]:
+        """The answers to tokenised queries of users: by scoring the labels if there are any, else generated."""
+        prompts = [tokens for *_, tokens in asked]
+        users = [self.row[key] for key, *_ in asked] if self.bank else None
+        task = self.context.task
+        if labels:
+            chosen = likeliest(Asked(self.model, prompts, self.bank, users), labels, settings.tokens_per_batch)
+            return [(task.labels or [])[n] for n in chosen]
+        seeds = [seed_of(self.recipe["seed"], task.name, key, "sampling", query.id) for key, query, _ in asked]
+        return generate(
+            self.model, self.tokenizer, prompts, settings, answer_tokens, bank=self.bank, users=users, seeds=seeds
+        )

@@ -182,6 +182,12 @@ class Personal(Lora):
 class Generation(Closed):
     """How answers are generated."""
 
+    labels: Literal["generate", "score"] = Field(
+        "generate",
+        description="a task with a closed set of labels: generate the answer as any other (the paper), or score: the"
+        " label of the highest probability, end of text included (its sum of log-probabilities), in one pass; the other"
+        " keys then count for tasks without labels only",
+    )
     sample: bool = Field(False, description="sample (the released code) instead of greedy decoding")
     temperature: float = Field(0.1, gt=0, description="only with sample")
     top_k: Positive = Field(10, description="only with sample")

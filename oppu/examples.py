@@ -131,7 +131,22 @@ def _example(
     counts["cut_query_tokens"] += fitted.cut_query
     text = str(fitted)
     start = ids(context.tokenizer, text)
+    return Example((*context.lead, *start), tuple(target if cut_answer else _target(context, text, start, answer)))
+
+
+def _target(context: Context, text: str, start: list[int], answer: str) -> list[int]:
+    """An answer as tokens behind a prompt (its text, its tokens), end-of-text token included."""
     whole = ids(context.tokenizer, f"{text} {answer}")
-    if not cut_answer and whole[: len(start)] == start and len(whole) > len(start):
-        target = [*whole[len(start) :], context.eos]
-    return Example((*context.lead, *start), tuple(target))
+    if whole[: len(start)] == start and len(whole) > len(start):
+        return [*whole[len(start) :], context.eos]
+    return [*ids(context.tokenizer, " " + answer, special=False), context.eos]
+
+
+def label_targets(context: Context) -> list[list[int]]:
+    """The task's labels as tokens, as they are learned behind a prompt; empty for a task without labels.
+
+    All prompts of a task end with the same words, and only these are before the label here.
+    """
+    text = context.task.prompt[context.task.prompt.rindex("}") + 1 :]
+    start = ids(context.tokenizer, text)
+    return [_target(context, text, start, label) for label in context.task.labels or []]

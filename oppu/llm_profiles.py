@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 from oppu.cohort import progress_log
 from oppu.config import Generation
-from oppu.generation import batches, generate
+from oppu.decoding import batches
+from oppu.generation import generate
 from oppu.models import load_model, load_tokenizer
 from oppu.prompts import ids, one_line, shorten
 from oppu.records import InputError, User

@@ -72,7 +72,9 @@ def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history
     training, train_runtime = _split_runtime(config.training(peft, task).model_dump(exclude=START))
     generation, generate_runtime = _split_runtime(config.generation.model_dump())
     generation["max_new_tokens"] = generation["max_new_tokens"] or tasks()[task].output_tokens
-    if not generation["sample"]:
+    if generation.pop("labels") == "score" and tasks()[task].labels:
+        generation = {"labels": "score", "max_new_tokens": generation["max_new_tokens"]}
+    elif not generation["sample"]:
         generation = {"sample": False, "max_new_tokens": generation["max_new_tokens"]}
     return _common(config, tasks()[task], augmentation) | {
         "peft": peft,

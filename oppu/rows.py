@@ -18,6 +18,19 @@ def virtual(count: int) -> tuple[int, ...]:
     return tuple(range(-count, 0))
 
 
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the prompts' longest common prefix, less one token of the shortest prompt at least.
+
+    The last prompt token stays with each prompt, since its logits predict the answer's first token.
+    """
+    first, last = (
+        min(map(tuple, prompts)),
+        max(map(tuple, prompts)),
+    )  # in dictionary order; what these two share, all share
+    same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(same, min(map(len, prompts)) - 1)
+
+
 @dataclass(frozen=True)
 class Example:
     """What is learned: the target's tokens (end-of-text token included) after the prompt's; loss on the target only.
@@ -46,14 +59,8 @@ class Chunk:
 
     @cached_property
     def prefix(self) -> int:
-        """Length of the prompts' longest common prefix, less one token of the shortest prompt at least.
-
-        The last prompt token stays with each item, since its logits predict the item's first target token.
-        """
-        prompts = [e.prompt for e in self.examples]
-        first, last = min(prompts), max(prompts)  # in dictionary order; what these two share, all share
-        same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        return min(same, min(map(len, prompts)) - 1)
+        """What the chunk's prompts share (`common_prefix`): it is laid into a row once."""
+        return common_prefix([e.prompt for e in self.examples])
 
     @cached_property
     def tokens(self) -> int:

@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPTNeoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from oppu.bank import LoraBank
+from oppu.cache import PADDING, Rows
 from oppu.config import Generation
-from oppu.generation import SeededSampling, batches, generate
-from tests.tiny_models import EOS, VOCAB, settings, tiny_llama
+from oppu.decoding import Asked, batches, decode
+from oppu.generation import SeededSampling, generate
+from tests.tiny_models import CONFIGS, EOS, VOCAB, settings, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,28 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def some_prompts(count: int) -> list[list[int]]:
     draw = random.Random(0)
     return [[1, *(draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 20)))] for _ in range(count)]
+
+
+def shared_prompts(count: int, users: int) -> list[list[int]]:
+    """Prompts of users in turn: each begins with 9 tokens that are the same for all, and 5 of the user's own."""
+    draw = random.Random(3)
+    tokens = [[draw.randrange(3, VOCAB) for _ in range(5)] for _ in range(users)]
+    rest = [[draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 16))] for _ in range(count)]
+    return [[1, *range(10, 18), *tokens[n % users], *rest[n]] for n in range(count)]
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[list[int]]:
+    """The number of token places that each forward pass of the block computes, in passes that keep keys and values."""
+    passes: list[int] = []
+
+    def note(_: torch.nn.Module, __: object, given: dict[str, torch.Tensor]) -> None:
+        if given["past_key_values"] is not None:
+            passes.append(given["position_ids"].numel())
+
+    handle = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    yield passes
+    handle.remove()
 
 
 def bank_of(model: object, users: int) -> LoraBank:
@@ -119,3 +145,88 @@ def test_missing_users_and_seeds_are_refused(tokenizer: PreTrainedTokenizerFast)
         generate(model, tokenizer, [[1]], Generation(sample=True), 3)
     with pytest.raises(ValueError, match="no tokens"):
         generate(model, tokenizer, [[]], Generation(), 3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_read_in_pieces_is_what_is_read_at_once(name: str) -> None:
+    """Logits of padded rows, read in three pieces, against each row alone in one pass without a cache."""
+    model = tiny_llama(torch.float64, config=CONFIGS[name])
+    texts = [list(range(3, 23)), list(range(40, 55))]
+    with torch.no_grad():
+        alone = [model(torch.tensor([text])).logits[0] for text in texts]
+        rows = Rows(model, 2, 24)
+        for start, stop in ((0, 9), (9, 11), (11, 20)):
+            # The second row has 15 tokens: 3 pads before its first token, and 2 more between its fourth and fifth.
+            places = [
+                n if row == 0 else (PADDING, PADDING, PADDING, 0, 1, 2, 3, PADDING, PADDING, *range(4, 15))[n]
+                for row in (0, 1)
+                for n in range(start, stop)
+            ]
+            positions = torch.tensor(places).view(2, -1)
+            ids = torch.tensor([[texts[r][p] if p >= 0 else 0 for p in positions[r]] for r in (0, 1)])
+            logits = rows.read(ids, positions).view(2, stop - start, -1)
+            for row, column in (positions >= 0).nonzero().tolist():
+                expected = alone[row][positions[row, column]]
+                # Eager attention takes its softmax in float32.
+                assert (logits[row, column] - expected).abs().max() < (1e-4 if name.startswith("gemma2") else 1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_shared_prefix_changes_no_answer_and_is_read_once_per_user(
+    name: str, sample: bool, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny_llama(config=CONFIGS[name])
+    bank, prompts, users = bank_of(model, 3), shared_prompts(12, 3), [n % 3 for n in range(12)]
+    chosen = Generation(sample=sample, temperature=1.0, tokens_per_batch=10_000)
+    given = (model, tokenizer, prompts, chosen, 5, bank, users, list(range(12)))
+    with watched(model) as passes:
+        shared = generate(*given)
+    with watched(model) as passes_of_whole_prompts:
+        assert generate(*given, share=False) == shared
+    assert generate(*given, lean=False) == shared, "transformers' own generate"
+    assert len(set(shared)) > 5
+    lengths = [len(p) for p in prompts]
+    assert passes[:2] == [3 * 14, 12 * (max(lengths) - 14)]
+    assert passes_of_whole_prompts[0] == 12 * max(lengths)
+    assert sum(passes) < 0.75 * sum(passes_of_whole_prompts)
+
+
+def test_without_adapters_all_prompts_share_what_they_begin_with(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, prompts = tiny_llama(), shared_prompts(8, 4)
+    with watched(model) as passes:
+        together = generate(model, tokenizer, prompts, Generation(), 5)
+    assert passes[0] == 9
+    assert together == [generate(model, tokenizer, [p], Generation(), 5)[0] for p in prompts]
+
+
+def test_a_batch_ends_with_its_last_row_and_finished_rows_are_dropped() -> None:
+    """Row n is made to end after n + 1 tokens: no pass after the last, and fewer rows as they finish."""
+    model, prompts = tiny_llama(), [[1, n + 3] for n in range(8)]
+    made = Counter()
+
+    def choose(numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
+        made.update(numbers)
+        return torch.tensor([EOS if made[n] > n else 7 for n in numbers])
+
+    with watched(model) as passes, torch.inference_mode():
+        answers = decode(Asked(model, prompts), choose, [EOS], 50, 10_000)
+    assert answers == [[7] * n + [EOS] for n in range(8)]
+    assert passes == [8 * 2, 8, 6, 6, 4, 3, 2, 1]
+
+
+def test_a_model_that_packed_rows_cannot_serve_is_left_to_transformers(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+    )
+    model, prompts = tiny_llama(config=config), some_prompts(5)
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(4):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == EOS:
+                break
+        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+    assert generate(model, tokenizer, prompts, Generation(), 4) == expected
