@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 STARTING = 600.0
 """Seconds that ranks wait for each other to start."""
+SOCKET_PATH = 104
+"""Bytes that a socket's path may have, with the zero at its end (macOS; Linux has 108)."""
 
 
 def here() -> tuple[int, int]:
@@ -91,8 +93,8 @@ class Line:
 class Lead:
     """Rank 0: shares users out, and gathers what failed."""
 
-    def __init__(self, server: socket.socket | None, name: str, world: int, spawns: bool) -> None:
-        self.server, self.name, self.world, self.spawns = server, name, world, spawns
+    def __init__(self, server: socket.socket | None, path: Path, name: str, world: int, spawns: bool) -> None:
+        self.server, self.path, self.name, self.world, self.spawns = server, path, name, world, spawns
         self.lines: dict[int, Line] = {}
         self.children: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -103,6 +105,7 @@ class Lead:
             self._spawn([rank for rank, users in enumerate(shares) if rank and users])
         if self.server is not None:
             self._accept(list(self.children) if self.spawns else list(range(1, self.world)))
+            self.path.unlink(missing_ok=True)  # all are there: so a kill from now on leaves no file behind
         for rank, line in sorted(self.lines.items()):
             log.info("rank %d of %d: %d users", rank, self.world, len(shares[rank]))
             line.send(shares[rank])
@@ -157,7 +160,7 @@ def leading(stamp: Path, processes: int) -> Iterator[Lead]:
     _, world = here()
     spawns = world == 1 and processes > 1
     if world == 1 and not spawns:
-        yield Lead(None, "", 1, False)
+        yield Lead(None, Path(), "", 1, False)
         return
     name = f"process {os.getpid()}" if spawns else _name()
     path = _socket(stamp, name)
@@ -166,7 +169,7 @@ def leading(stamp: Path, processes: int) -> Iterator[Lead]:
         server.bind(str(path))
         path.chmod(0o600)
         server.listen(max(world, processes))
-        lead = Lead(server, name, max(world, processes) if spawns else world, spawns)
+        lead = Lead(server, path, name, max(world, processes) if spawns else world, spawns)
         try:
             yield lead
         finally:
@@ -211,8 +214,10 @@ def _name() -> str:
 
 
 def _socket(stamp: Path, name: str) -> Path:
-    """Where rank 0 is reached: in the temporary folder, since a socket's path must be short."""
-    return Path(tempfile.gettempdir()) / f"oppu-{digest([str(stamp.resolve()), name])[:24]}"
+    """Where rank 0 is reached: in the temporary folder, or in /tmp where that one's path is too long for a socket's."""
+    file = f"oppu-{digest([str(stamp.resolve()), name])[:24]}"
+    path = Path(tempfile.gettempdir()) / file
+    return path if len(os.fsencode(path)) < SOCKET_PATH else Path("/tmp") / file
 
 
 @contextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import tempfile
 import threading
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def test_users_go_out_and_failures_come_back(monkeypatch: pytest.MonkeyPatch, tm
         other.join()
     assert done == [["u-b", "u-c"]]
     assert not path.exists()
+
+
+def test_a_long_temporary_folder_does_no_harm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    short = ranks._socket(tmp_path / "000.json", "x")
+    assert short.parent == Path(tempfile.gettempdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+    path = ranks._socket(tmp_path / "000.json", "x")
+    assert path.name == short.name and len(str(path)) < ranks.SOCKET_PATH
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+    path.unlink()
 
 
 def test_a_rank_that_dies_is_noticed(

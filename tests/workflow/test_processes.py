@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -164,10 +165,11 @@ def children(pid: int) -> list[int]:
 def test_a_rank_that_is_killed(project: Project, alone: Project, dies: str) -> None:
     """Rank 1: rank 0 finishes its own users and names the others. Rank 0: rank 1 ends too. A next run does the rest."""
     theirs = shares(project)[1]
+    temporary = Path(tempfile.mkdtemp(prefix="oppu-test-"))  # a short path, as sockets need
     run = subprocess.Popen(
         command(project, "--processes=2"),
         cwd=project.folder,
-        env=project.environment(),
+        env=project.environment() | {"TMPDIR": str(temporary)},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -189,6 +191,8 @@ def test_a_rank_that_is_killed(project: Project, alone: Project, dies: str) -> N
         while Path(f"/proc/{other}").exists():
             assert time.monotonic() < deadline, "rank 1 goes on without rank 0"
             time.sleep(0.1)
+    assert not list(temporary.glob("oppu-*")), "no socket is left behind"
+    shutil.rmtree(temporary)
     done = cells(project, "--processes=2")
     assert done.returncode == 0, done.stderr
     assert_same_cells(project, alone, project.users())
