@@ -43,8 +43,7 @@ class Layer(DynamicLayer):
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
     def _room(self, states: Tensor, rows: int | None = None) -> Tensor:
-        # Zeros, since a gap between a row's tokens is not seen but multiplied with zero.
-        return states.new_zeros(len(states) if rows is None else rows, states.shape[1], self.columns, states.shape[3])
+        return states.new_empty(len(states) if rows is None else rows, states.shape[1], self.columns, states.shape[3])
 
     @classmethod
     def gathered(cls, sources: Sequence[tuple[Layer, Tensor]], columns: int) -> Layer:
@@ -56,6 +55,7 @@ class Layer(DynamicLayer):
             parts = room.split([len(chosen) for _, chosen in sources])
             for part, (layer, chosen) in zip(parts, sources, strict=True):
                 part[:, :, : layer.used] = getattr(layer, name)[chosen, :, : layer.used]
+                part[:, :, layer.used : new.used] = 0  # a gap is not seen, but multiplied with zero
             setattr(new, name, room)
         new.dtype, new.device, new.is_initialized = room.dtype, room.device, True
         return new
