@@ -56,6 +56,16 @@ def test_retrieve(tmp_path):
     ]
 
 
+def test_generate(tmp_path):
+    """All ways give the same tokens, some answers ending before others."""
+    arguments = ("--users", "3", "--queries-per-user", "2", "--mean-answer", "4", "--each", "--repeats", "1")
+    result = measured(tmp_path, "generate.py", *arguments, "--device", "cpu", "--threads", "1")
+    ways = {"one-by-one", "adapter_names", "ours, no prefix", "ours, no loop"}
+    assert set(result["ratios"]) == {f"{way}/ours" for way in ways}
+    assert result["answers_that_differ"] == dict.fromkeys(ways, 0)
+    assert 6 < result["tokens"]["answer"] < 6 * 8
+
+
 def test_scale(tmp_path):
     result = measured(tmp_path, "scale.py", "--users", "1", "2", "4", "--items", "2", "--repeats", "1")
     assert set(result["ratios"]) == {"cost-per-user-1/2", "cost-per-user-4/2"}
