@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from oppu import training
+from oppu import budget, training
 from oppu.bank import LoraBank
 from oppu.budget import checkpointed
 from oppu.config import Lora
@@ -153,7 +153,7 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
 
 WITHOUT: dict[str, Callable[[], Any]] = {
     "batching": contextlib.nullcontext,  # each user alone, one after the other
-    "packing": lambda: mock.patch.object(training, "passes", each_alone),  # each user's step a pass of its own
+    "packing": lambda: mock.patch.object(budget, "passes", each_alone),  # each user's step a pass of its own
     "prefix": lambda: mock.patch.object(Chunk, "prefix", 0),  # every example carries its whole prompt
     "head": lambda: mock.patch.object(training, "head_at", whole_head),  # the LM head at every position
     "attention": lambda: mock.patch.object(training, "takes_blocks", lambda _: False),  # one mask for the whole line
@@ -161,9 +161,9 @@ WITHOUT: dict[str, Callable[[], Any]] = {
 WITH = ("checkpointing", "compile", "bfloat16")
 
 
-def each_alone(chunks: Sequence[Chunk], budget: int) -> list[list[Piece]]:
+def each_alone(chunks: Sequence[Chunk], tokens: int, parts: Sequence[Piece] | None = None) -> list[list[Piece]]:
     """No two users in one pass."""
-    return [[piece] for pieces in passes(chunks, budget) for piece in pieces]
+    return [[piece] for pieces in passes(chunks, tokens, parts) for piece in pieces]
 
 
 def ours_run(model: PreTrainedModel, users: Users, plans: Plans, lora: Lora, change: str = "") -> LoraBank:
@@ -207,7 +207,7 @@ def main() -> None:
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen model")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="torch's threads on the CPU (all cores)")
-    add("--tokens", type=int, default=8192, help="our token budget of one pass (8192)")
+    add("--tokens", type=int, help="our token budget of one pass (found from free memory)")
     add("--sides", nargs="*", default=["authors", "trainer", "plain"], choices=["authors", "trainer", "plain"])
     add("--without", nargs="*", default=[], choices=list(WITHOUT), help="ours less an optimisation, each a side")
     add(

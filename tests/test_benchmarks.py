@@ -111,3 +111,12 @@ def test_a_made_up_user_depends_on_nobody_else():
 def test_made_up_examples_fit_the_longest_length():
     long = [e for user in common.histories("LaMP_3", 5, 0, 100, items=50, max_length=200) for e in user]
     assert max(map(len, long)) == 200
+
+
+def test_train(tmp_path):
+    sides = ["--without", "batching", "packing", "prefix", "head", "attention", "--with", "checkpointing", "bfloat16"]
+    result = measured(tmp_path, "train.py", "--users", "2", "--items", "2", "--repeats", "1", "--threads", "1", *sides)
+    assert {"authors/ours", "trainer/ours", "plain/ours"} < set(result["ratios"])
+    assert set(result["ratios"]) == {f"{name}/ours" for name in set(result["seconds"]) - {"ours"}}
+    assert len(result["ratios"]) == 10
+    assert result["plain_to_ours"] < 1e-4
