@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from oppu import budget, training
+from oppu import budget, models, training
 from oppu.bank import LoraBank
 from oppu.budget import checkpointed
 from oppu.config import Lora
@@ -155,7 +155,8 @@ WITHOUT: dict[str, Callable[[], Any]] = {
     "batching": contextlib.nullcontext,  # each user alone, one after the other
     "packing": lambda: mock.patch.object(budget, "passes", each_alone),  # each user's step a pass of its own
     "prefix": lambda: mock.patch.object(Chunk, "prefix", 0),  # every example carries its whole prompt
-    "head": lambda: mock.patch.object(training, "head_at", whole_head),  # the LM head at every position
+    "head": lambda: mock.patch.object(training, "head_at", whole_head),  # the LM head and last MLP at every position
+    "last": lambda: mock.patch.object(models, "last_mlp", lambda _: None),  # the last MLP at every position
     "attention": lambda: mock.patch.object(training, "takes_blocks", lambda _: False),  # one mask for the whole line
 }
 WITH = ("checkpointing", "compile", "bfloat16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,34 +45,46 @@ def windows(model: PreTrainedModel) -> dict[str, int | None]:
 
 @dataclass
 class Block:
-    """B spans of like size: attention runs on them as on a padded batch, each with a copy of its prefix's keys."""
+    """B spans of like size: attention runs on them as on a padded batch, each with a copy of its prefix's keys.
 
-    queries: Tensor
-    """[B, Q] tokens; a span shorter than Q repeats its last."""
-    keys: Tensor
-    """[B, K] tokens: the prefix, then the span itself."""
+    A query for each of Q tokens (a shorter span repeats its last), a key for the prefix's and the span's own, K in all.
+    """
+
     places: Tensor
     """[B, Q, 1] how many of its keys a query sees, less one: its true position."""
+    length: int
+    """K"""
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
         """[B, 1, Q, K] bool: True where a query sees a key."""
         if window not in self.masks:
-            back = self.places - torch.arange(self.keys.shape[1], device=self.keys.device)
+            back = self.places - torch.arange(self.length, device=self.places.device)
             self.masks[window] = (back >= 0 if window is None else (back >= 0) & (back < window))[:, None]
         return self.masks[window]
 
 
 @dataclass
 class Layout:
-    """A packed line's blocks. `order` [N] is where each token stands in all blocks' queries, one after the other."""
+    """A packed line's blocks, and which tokens' vectors they read."""
 
     blocks: list[Block]
+    queries: Tensor
+    """Tokens of all blocks' [B, Q] queries, one block after the other."""
+    keys: Tensor
+    """Tokens of all blocks' [B, K] keys."""
     order: Tensor
+    """[N] where each token stands in `queries`."""
     inner: str
     """The attention that runs within a block: the model's own."""
     seen: list[int | None] = field(default_factory=list)
     """The window of each layer that has asked."""
+
+    def of_blocks(self, x: Tensor, index: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """x [N, H, d] at `queries` or `keys`, for each block as [B, H, its length, d]."""
+        rows = [len(block.places) for block in self.blocks]
+        parts = Gather.apply(x, index).split([b * n for b, n in zip(rows, lengths, strict=True)])
+        return [part.unflatten(0, (b, -1)).transpose(1, 2) for part, b in zip(parts, rows, strict=True)]
 
 
 def layout_of(spans: Tensor, inner: str, device: torch.device) -> Layout:
@@ -80,39 +92,40 @@ def layout_of(spans: Tensor, inner: str, device: torch.device) -> Layout:
     sizes = torch.stack([spans[:, 1], spans[:, 1] + spans[:, 3]], 1)
     steps = (2 * sizes.double().log2()).ceil()  # two sizes of blocks per doubling
     blocks, order, offset = [], torch.empty(int(spans[:, 1].sum()), dtype=torch.long), 0
+    queries, keys = [], []
     for step in steps.unique(dim=0):
         start, length, prefix_start, prefix = spans[(steps == step).all(1)].unsqueeze(-1).unbind(1)
         within = torch.arange(int(length.max()))
         places = within.minimum(length - 1)
         k = torch.arange(int((length + prefix).max())).minimum(length + prefix - 1)
-        keys = torch.where(k < prefix, prefix_start + k, start + k - prefix)
+        queries.append((start + places).flatten())
+        keys.append(torch.where(k < prefix, prefix_start + k, start + k - prefix).flatten())
         real = within < length
         order[(start + places)[real]] = offset + real.flatten().nonzero().squeeze(-1)
         offset += real.numel()
-        parts = (start + places, keys, (prefix + places).unsqueeze(-1))
-        queries, keys, places = (part.to(device, non_blocking=True) for part in parts)
-        blocks.append(Block(queries, keys, places))
-    return Layout(blocks, order.to(device, non_blocking=True), inner)
+        blocks.append(Block((prefix + places).unsqueeze(-1).to(device, non_blocking=True), k.shape[1]))
+    read, kept, order = (part.to(device, non_blocking=True) for part in (torch.cat(queries), torch.cat(keys), order))
+    return Layout(blocks, read, kept, order, inner)
 
 
 class Gather(torch.autograd.Function):
-    """x [N, H, d] at index [B, L] -> [B, L, H, d]; backward adds in a fixed order, on a GPU too."""
+    """x [N, H, d] at index [L] -> [L, H, d]; backward adds in a fixed order, on a GPU too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         """Copy the rows."""
         ctx.save_for_backward(index)
         ctx.size = x.shape
-        return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Add the gradients of a row's copies."""
         (index,) = ctx.saved_tensors
-        total, flat = grads[0].new_zeros(ctx.size), grads[0].flatten(0, 1)
+        total = grads[0].new_zeros(ctx.size)
         if total.is_cuda:  # index_add_ has no fixed order there
-            return total.index_put_((index.flatten(),), flat, accumulate=True), None
-        return total.index_add_(0, index.flatten(), flat), None
+            return total.index_put_((index,), grads[0], accumulate=True), None
+        return total.index_add_(0, index, grads[0]), None
 
 
 _layouts: list[Layout] = []
@@ -126,14 +139,16 @@ def _attend(
     layout.seen.append(window)
     inner = _inner(module, layout.inner)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    lengths = [block.length for block in layout.blocks]
+    rows = (
+        layout.of_blocks(q, layout.queries, [block.places.shape[1] for block in layout.blocks]),
+        layout.of_blocks(k, layout.keys, lengths),
+        layout.of_blocks(v, layout.keys, lengths),
+    )
     parts = []
-    for block in layout.blocks:
-        rows = [
-            Gather.apply(x, index).transpose(1, 2)
-            for x, index in ((q, block.queries), (k, block.keys), (v, block.keys))
-        ]
+    for block, *qkv in zip(layout.blocks, *rows, strict=True):
         mask = _as_wanted(block.mask(window), layout.inner, query.dtype)
-        parts.append(inner(module, *rows, mask, **more)[0].flatten(0, 1))
+        parts.append(inner(module, *qkv, mask, **more)[0].flatten(0, 1))
     return torch.cat(parts).index_select(0, layout.order).unsqueeze(0), None
 
 

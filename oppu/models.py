@@ -6,8 +6,9 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,8 @@ def head_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     """Within the block, the LM head runs at these positions only: logits are [M, V] instead of [R, T, V].
 
     `positions` [M] index the R * T tokens of a batch. A hook does it because `logits_to_keep` takes one set of
-    positions for all rows in some versions of transformers, and is not taken by every model.
+    positions for all rows in some versions of transformers, and is not taken by every model. What of the last layer
+    nothing but the head reads runs there only, too; elsewhere it gives zeros.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module):
@@ -284,8 +286,26 @@ def head_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(0, 1)[positions], *args[1:])
 
+    def narrowed(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        out = forward(x.flatten(0, 1).index_select(0, positions))
+        return out.new_zeros(x.shape).flatten(0, 1).index_copy(0, positions, out).view(x.shape)
+
     handle = head.register_forward_pre_hook(select)
+    last = last_mlp(model)
+    if last is not None:
+        last.forward = partial(narrowed, last.forward)
     try:
         yield
     finally:
         handle.remove()
+        if last is not None:
+            del last.forward
+
+
+def last_mlp(model: PreTrainedModel) -> nn.Module | None:
+    """The last layer's MLP, where it is made of plain layers and no adapter's hooks need all tokens in it."""
+    layers: Any = getattr(model.base_model, "layers", None)
+    mlp: Any = getattr(layers[-1], "mlp", None) if isinstance(layers, nn.ModuleList) else None
+    if not isinstance(getattr(mlp, "down_proj", None), nn.Linear) or "forward" in vars(mlp):
+        return None
+    return None if any(m._forward_hooks or m._forward_pre_hooks for m in mlp.modules()) else mlp

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,13 +85,27 @@ def test_packed_logits_are_those_of_each_example_alone(name: str, blocks: bool) 
         assert min((logits - e).abs().max().item() for e in expected[number, target]) < bound
 
 
+def test_the_last_mlp_runs_at_the_labels_only_unless_an_adapter_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(torch.float64)
+    positions, ids = torch.tensor([3, 5]), torch.arange(8)[None]
+    rows: list[int] = []
+    monkeypatch.setattr(F, "silu", lambda x, silu=F.silu: rows.append(x.shape[-2]) or silu(x))
+    whole = model(input_ids=ids).logits[0, positions]
+    with head_at(model, positions):
+        assert (model(input_ids=ids).logits - whole).abs().max() < 1e-12
+    model.base_model.layers[-1].mlp.up_proj.register_forward_hook(lambda _, __, out: out)
+    with head_at(model, positions):
+        model(input_ids=ids)
+    assert rows == [8, 8, 8, 2, 8, 8]
+
+
 def test_blocks_are_padded_little_and_hold_every_token_once() -> None:
     chunks = chunks_of([30, 4, 17, 1], seed=2)
     spans = assemble(chunks, passes(chunks, 10_000)[0]).spans
     layout = layout_of(spans, "sdpa", torch.device("cpu"))
-    tokens = torch.cat([block.queries.flatten() for block in layout.blocks])
+    tokens = layout.queries
     assert tokens[layout.order].tolist() == list(range(int(spans[:, 1].sum())))
-    pairs = sum(block.queries.numel() * block.keys.shape[1] for block in layout.blocks)
+    pairs = sum(block.places.numel() * block.length for block in layout.blocks)
     assert pairs < 2 * int((spans[:, 1] * (spans[:, 1] + spans[:, 3])).sum())
     assert all(block.mask(window).any(-1).all() for block in layout.blocks for window in (None, 3))
 
