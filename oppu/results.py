@@ -14,25 +14,17 @@ from oppu.boards import Bootstrap, Setting
 from oppu.cells import read_predictions
 from oppu.files import read_base, read_json, read_user, read_users, write_bytes, write_json
 from oppu.plots import table1_figure, write_figure
-from oppu.recipe import seeded
-from oppu.records import InputError
 from oppu.references import references as predict_references
+from oppu.setting import seeded
 from oppu.split import read_queries
 from oppu.tasks import task as task_record
 from oppu.terminal import terminal_table
 
 
-def score(out: Path, scored: Path, submission: Path, task: str, users: Path, queries: Path) -> None:
-    """Score the setting in whose folder `out` lies. InputError names every missing or damaged cell."""
+def score(out: Path, scored: Path, submission: Path, task: str, users: Sequence[str], queries: Path) -> None:
+    """Score the setting in whose folder `out` lies; its users' cells are whole (oppu/score_job.py)."""
     record = task_record(task)
-    predictions, problems = {}, []
-    for user in read_users(users):
-        try:
-            predictions[user] = read_predictions(out.parent / "users" / user)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
+    predictions = {user: read_predictions(out.parent / "users" / user) for user in users}
     result = scores.score(record, read_queries(queries), predictions)
     table = io.BytesIO()
     result.scored.write_parquet(table)
