@@ -23,11 +23,16 @@ from no_models import install
 
 TASKS = ("LaMP_2N", "LaMP_4")
 SETTINGS = [f"{augmentation}/{peft}/full" for augmentation in ("k0", "k1") for peft in ("none", "lora")]
-SCORES = ("--until", "score")
 Counts = tuple[int, int, int]
 ALL: Counts = (2 * 2 * TEST_USERS, 2 * 4 * TEST_USERS, 2 * 4 * TEST_USERS)
 NOTHING: Counts = (0, 0, 0)
 HALF: Counts = tuple(n // 2 for n in ALL)  # type: ignore[assignment]
+
+
+def score(project: Project, *options: str) -> str:
+    """Run everything up to the scores of all settings."""
+    settings = [f"{a}/{p}/full" for a in project.config["augmentations"] for p in project.config["peft"]]
+    return project.run(*options, "--", *(f"results/{task}/{name}/scores.json" for task in TASKS for name in settings))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("rebuild") / "project"
     project = Project.make(folder, TASKS, users_per_job=100, model={"path": "somebody/some-model", "revision": "1"})
     install(folder / "bin", ROOT)
-    project.run(*SCORES)
+    score(project)
     assert counts(project) == ALL
     return project
 
@@ -162,29 +167,29 @@ CHANGES: dict[str, tuple[Callable[[Project], None], Counts]] = {
 def test_a_change_rebuilds_what_depends_on_it(project: Project, change: str) -> None:
     edit, expected = CHANGES[change]
     edit(project)
-    project.run(*SCORES)
+    score(project)
     assert counts(project) == expected
-    assert "Nothing to be done" in project.run("-n", *SCORES)
+    assert "Nothing to be done" in score(project, "-n")
 
 
 def test_a_job_for_each_user_is_a_profile_that_makes_the_same_cells(project: Project) -> None:
-    profile = ("--profile", "workflow/profiles/one-user", *SCORES)
+    profile = ("--profile", "workflow/profiles/one-user")
     before = project.cells()
-    project.run(*profile)
+    score(project, *profile)
     assert counts(project) == NOTHING and project.cells() == before
     assert project.logs().count("1 users, 0 to train, 0 to predict") == 2 * 4 * U
     project.forget_logs()
     one_item(project)
-    text = project.run(*profile)
+    text = score(project, *profile)
     assert counts(project) == (2, 3, 3 * U)
     assert re.search(r"^cells +4$", text, re.MULTILINE), "that user's jobs alone"
     project.forget_logs()
-    project.run(*SCORES)
+    score(project)
     assert counts(project) == NOTHING, "and back"
 
 
 TARGETS = {
-    "all scores": SCORES,
+    "all scores": [f"results/{task}/{name}/scores.json" for task in TASKS for name in SETTINGS],
     "one cell": ("results/LaMP_2N/k1/lora/full/users/{user}/predictions.jsonl",),
     "a score file": ("results/LaMP_2N/k1/lora/full/scores.json",),
     "a table": ("results/tables/scores.csv",),
@@ -213,7 +218,7 @@ def test_a_failed_cohort_fails_again_whatever_is_asked_for(project: Project, tar
 def test_what_removed_users_left_is_listed_and_deleted_on_request_only(project: Project, tmp_path: Path) -> None:
     removed = project.users()[0]
     a_user_less(project)
-    project.run(*SCORES)
+    score(project)
     users = project.folder / "results/LaMP_2N/k0/none/full/users"
     outside = tmp_path / "outside"
     (outside / removed).mkdir(parents=True)
@@ -231,20 +236,20 @@ def test_what_removed_users_left_is_listed_and_deleted_on_request_only(project: 
     assert (outside / removed).is_dir() and (users / "..u-000000000000").is_dir()
     assert not (users / "u-000000000000").is_symlink()
     assert project.oppu("gc") == "0 files and folders, 0 bytes\n"
-    assert "Nothing to be done" in project.run("-n", *SCORES)
+    assert "Nothing to be done" in score(project, "-n")
 
 
 def test_settings_that_left_the_config_are_kept_unless_asked(project: Project) -> None:
     before = project.cells()
     project.config["augmentations"] = ["k0"]
-    project.run(*SCORES)
+    score(project)
     assert project.oppu("gc") == "0 files and folders, 0 bytes\n"
     listed = project.oppu("gc", "--config", "config/config.yaml").splitlines()[:-1]
     assert {line.partition("\t")[0] for line in listed} == {
         f"results/{task}/k1/{name}" for task in TASKS for name in ("base", "lora/full", "none/full")
     }
     project.config["augmentations"] = ["k0", "k1"]
-    project.run(*SCORES)
+    score(project)
     assert counts(project) == NOTHING and project.cells() == before
     project.config["results"] = "elsewhere"
     project.command()

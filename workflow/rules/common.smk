@@ -42,7 +42,7 @@ wildcard_constraints:
     peft="none|lora|ia3|prompt|pooled|swapped",
     history="full",
     user="u-[0-9a-f]{12}",
-    cohort="[0-9]{3,}|u-[0-9a-f]{12}",
+    cohort="[0-9]{3}[0-9]*|u-[0-9a-f]{12}",
 
 
 @lru_cache
