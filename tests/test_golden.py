@@ -14,13 +14,14 @@ from pathlib import Path
 from oppu.config import load
 from oppu.examples import Context, history_examples, query_prompts
 from oppu.files import digest
-from oppu.keys import VERSIONS
+from oppu.keys import SCORING, VERSIONS
 from oppu.llm_profiles import Writer
 from oppu.models import load_tokenizer
 from oppu.profiles import extractive
 from oppu.recipe import profile_recipe
 from oppu.records import Item, Query, User
 from oppu.rows import plan
+from oppu.scores import queries_of, score
 from oppu.setting import parse_augmentation
 from oppu.tasks import fields_of, render, task, tasks
 
@@ -73,6 +74,16 @@ def person(name: str) -> User:
     return User("u-0123456789ab", "someone", items, (Query("q1", query),))
 
 
+def scores(name: str) -> dict[str, float]:
+    """What scoring makes of one right answer, one wrong one, and one that is no label, rating or like the gold."""
+    labels = task(name).labels or ["A Title: In Two Parts", "is this a title?"]
+    golds, answers = (labels[0], labels[1], labels[0]), (labels[0], labels[0], "none of them")
+    user = User("u-0123456789ab", "someone", (), tuple(Query(str(n), "", gold) for n, gold in enumerate(golds)))
+    answered = [{"id": str(n), "prediction": answer} for n, answer in enumerate(answers)]
+    metrics = score(task(name), queries_of([user]), {user.key: answered}).metrics
+    return {metric: round(value, 9) for metric, value in metrics.items()}
+
+
 def made() -> dict:
     """Digests of what the text and token steps make of each task's person."""
     tokenizer = load_tokenizer(str(ROOT / "data/models/oppu-tiny"))
@@ -90,8 +101,9 @@ def made() -> dict:
             }
         recipe = profile_recipe(load({"tasks": [name], "profiles": LLM}), name)
         found[name] = {"profile": profile, "profile prompt": digest(Writer(recipe).prompt(user))}
+        found[f"{name} scores"] = scores(name)
     found["plan"] = {"steps": plan(7, 2, 3, "a seed text")}
-    return {"versions": VERSIONS, "made": json.loads(json.dumps(found))}
+    return {"versions": VERSIONS | {"scoring": SCORING}, "made": json.loads(json.dumps(found))}
 
 
 def test_what_the_steps_make_is_what_their_versions_stand_for() -> None:
