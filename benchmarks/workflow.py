@@ -132,10 +132,12 @@ class Project:
     def command(self, *command: str) -> str:
         """Run a command with the project's `oppu` on the PATH; what it printed."""
         path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled once, as it is where packages are installed
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,36 +1,21 @@
-"""From cells to tables: what the rules `score`, `references` and `tables` run."""
+"""From cells to tables: what the rules `references` and `tables` run."""
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
-from oppu import scores, tables
+from oppu import tables
 from oppu.boards import Bootstrap, Setting
-from oppu.cells import read_predictions
 from oppu.files import read_base, read_json, read_user, read_users, write_bytes, write_json
 from oppu.plots import table1_figure, write_figure
 from oppu.references import references as predict_references
 from oppu.setting import seeded
-from oppu.split import read_queries
 from oppu.tasks import task as task_record
 from oppu.terminal import terminal_table
-
-
-def score(out: Path, scored: Path, submission: Path, task: str, users: Sequence[str], queries: Path) -> None:
-    """Score the setting in whose folder `out` lies; its users' cells are whole (oppu/score_job.py)."""
-    record = task_record(task)
-    predictions = {user: read_predictions(out.parent / "users" / user) for user in users}
-    result = scores.score(record, read_queries(queries), predictions)
-    table = io.BytesIO()
-    result.scored.write_parquet(table)
-    write_bytes(scored, table.getvalue())
-    write_json(submission, scores.submission(record, predictions))
-    write_json(out, result.metrics, mode=0o644)
 
 
 def references(out: Path, task: str, base_users: Path, histories: Sequence[Path]) -> None:

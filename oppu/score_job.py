@@ -6,11 +6,13 @@ kept in `.scores/` beside them, with its key; while that holds, it is laid out a
 
 from __future__ import annotations
 
+import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oppu.cells import whole_record
+from oppu.cells import read_predictions, whole_record
 from oppu.files import file_digest, new_folder, read_json, read_users, write_bytes, write_json
 from oppu.keys import scores_key
 from oppu.records import InputError
@@ -33,9 +35,7 @@ def run(out: Path, scored: Path, submission: Path, task: str, users: Path, queri
     outputs = {path.name: path for path in (scored, submission, out)}
     kept = _kept(setting / ".scores", key, set(outputs))
     if kept is None:
-        from oppu.results import score  # tables: half a second, so only when something must be counted
-
-        score(out, scored, submission, task, everyone, queries)
+        _count(out, scored, submission, task, everyone, queries)
         kept = {name: path.read_bytes() for name, path in outputs.items()}
         with new_folder(setting / ".scores") as folder:
             for name, data in kept.items():
@@ -47,6 +47,21 @@ def run(out: Path, scored: Path, submission: Path, task: str, users: Path, queri
     for name, path in outputs.items():
         write_bytes(path, kept[name], mode=0o644 if path == out else 0o600)
     log.info("%s: the scores of %d users are fresh", setting, len(everyone))
+
+
+def _count(out: Path, scored: Path, submission: Path, task: str, users: Sequence[str], queries: Path) -> None:
+    from oppu import scores  # numpy and polars: half a second, so only when something must be counted
+    from oppu.split import read_queries
+    from oppu.tasks import task as task_record
+
+    record = task_record(task)
+    predictions = {user: read_predictions(out.parent / "users" / user) for user in users}
+    result = scores.score(record, read_queries(queries), predictions)
+    table = io.BytesIO()
+    result.scored.write_parquet(table)
+    write_bytes(scored, table.getvalue())
+    write_json(submission, scores.submission(record, predictions))
+    write_json(out, result.metrics, mode=0o644)
 
 
 def _kept(folder: Path, key: str, names: set[str]) -> dict[str, bytes] | None:
