@@ -78,6 +78,6 @@ def main() -> None:
         from oppu import base
 
         base._train = train_base
-    from oppu.cli import main as run
+    from oppu.command import main as run
 
     run()

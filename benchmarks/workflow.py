@@ -1,7 +1,8 @@
 """What the workflow itself costs, with models that do nothing: the paper's grid of 7 tasks, 13 columns and 100 users.
 
     python benchmarks/workflow.py --json workflow.json
-    python benchmarks/workflow.py --users-per-job 1 --tasks LaMP_2N --users 10      a job per user, a smaller grid
+    python benchmarks/workflow.py --users-per-job 1 --repeats 1                     a job for each of the 9,100 cells
+    python benchmarks/workflow.py --users-per-job 1 --tasks LaMP_2N --users 10      the same, of a smaller grid
 
 Snakemake, the rules and `oppu` are the real ones, on made-up users with short histories; only loading a model, training
 and generating are replaced (no_models.py). Timed, each as a command of its own:
@@ -12,6 +13,11 @@ and generating are replaced (no_models.py). Timed, each as a command of its own:
     no_change        a run with everything done
     one_user         a run after one test user of one task has got one more item
     check_all_cells  -R cells: every cell's key and files are checked, nothing is trained
+    verify           oppu verify: every cell's files are checked
+
+Each in seconds of wall time and, besides, of processor time, its jobs' included, which other work on the machine
+hardly changes. The first run is made with 100 users per job; with another --users-per-job all cells are then checked in
+such jobs (`check_all_cells`) before the rest is timed.
 """
 
 from __future__ import annotations
@@ -21,10 +27,12 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +78,23 @@ def write_users(folder: Path, record: Task, source: str, users: int, items: int,
         (folder / record.name / f"{source}_{kind}.json").write_text(json.dumps(data), encoding="utf-8")
 
 
+@dataclass
+class Meter:
+    """Seconds of named commands, by the wall's clock and the processors'."""
+
+    wall: Seconds = field(default_factory=dict)
+    processor: Seconds = field(default_factory=dict)
+
+    def time(self, name: str, run: Callable[[], object]) -> None:
+        before = self._spent()
+        self.wall.setdefault(name, []).append(timed(run))
+        self.processor.setdefault(name, []).append(self._spent() - before)
+
+    def _spent(self) -> float:
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)  # commands that have ended, and what they started
+        return ended.ru_utime + ended.ru_stime
+
+
 @dataclass(frozen=True)
 class Project:
     """A folder in which the repository's workflow runs with models that do nothing."""
@@ -84,27 +109,35 @@ class Project:
         for name in self.options.tasks:
             for source, users in (("train", 10), ("dev", self.options.users)):
                 write_users(self.folder / "data/raw", task(name), source, users, self.options.items, queries=2)
+        install(self.folder / "bin", ROOT)
+        self.configure(100)
+
+    def configure(self, users_per_job: int) -> None:
         config = {
             "data": "data/raw",
             "tasks": self.options.tasks,
             "augmentations": self.options.columns,
             "peft": ["none", "lora"],
             "split": {"test_users": "dev"},
-            "users_per_job": self.options.users_per_job,
+            "users_per_job": users_per_job,
             "model": {"path": "data/models/oppu-tiny", "max_length": 512},
         }
-        (self.folder / "config").mkdir()
+        (self.folder / "config").mkdir(exist_ok=True)
         (self.folder / "config/config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        install(self.folder / "bin", ROOT)
 
     def run(self, *arguments: str) -> str:
         """Run Snakemake; what it printed."""
+        return self.command(sys.executable, "-m", "snakemake", "--cores", self.options.cores, *arguments)
+
+    def command(self, *command: str) -> str:
+        """Run a command with the project's `oppu` on the PATH; what it printed."""
         path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-        command = [sys.executable, "-m", "snakemake", "--cores", self.options.cores, *arguments]
+        environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled once, as it is where packages are installed
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -140,29 +173,42 @@ class Project:
         return {"jobs": len(logs), "trained": trained, "predicted": predicted}
 
 
-def measure(project: Project) -> tuple[Seconds, dict[str, Any]]:
+def measure(project: Project) -> tuple[Meter, dict[str, Any]]:
     """Seconds of every command, and what the runs that should do little have done."""
-    repeats, seconds, done = project.options.repeats, {}, {}  # type: int, Seconds, dict[str, Any]
+    options, meter, done = project.options, Meter(), {}  # type: argparse.Namespace, Meter, dict[str, Any]
     project.run("--", *project.splits())
-    seconds["dry_run"] = [timed(lambda: project.run("-n", "--quiet", "rules")) for _ in range(repeats)]
+    project.configure(options.users_per_job)
+    for _ in range(options.repeats):
+        meter.time("dry_run", lambda: project.run("-n", "--quiet", "rules"))
     done["jobs_of_first_run"] = project.jobs()
-    seconds["first"] = [timed(project.run)]
-    sides = {
+    project.configure(100)
+    meter.time("first", project.run)
+    if options.users_per_job != 100:
+        project.configure(options.users_per_job)
+        done["check_all_cells"] = count(project, meter, "check_all_cells", project.run)
+    sides: dict[str, Callable[[], object]] = {
         "dry_run_done": lambda: project.run("-n", "--quiet", "rules"),
         "no_change": project.run,
         "one_user": project.run,
         "check_all_cells": lambda: project.run("-R", "cells"),
+        "verify": lambda: project.command("oppu", "verify"),
     }
-    seconds |= {name: [] for name in sides}
-    for _ in range(repeats):
+    if options.users_per_job != 100:
+        del sides["check_all_cells"]
+    for _ in range(options.repeats):
         for name, run in sides.items():
             if name == "one_user":
                 project.add_item()
-            before = project.folder / "clock"
-            before.touch()
-            seconds[name].append(timed(run))
-            done[name] = project.made(before.stat().st_mtime)
-    return seconds, done
+            done[name] = count(project, meter, name, run)
+    return meter, done
+
+
+def count(project: Project, meter: Meter, name: str, run: Callable[[], object]) -> dict[str, int]:
+    """Time a run; what it made."""
+    before = project.folder / "clock"
+    before.touch()
+    meter.time(name, run)
+    return project.made(before.stat().st_mtime)
 
 
 def main() -> int:
@@ -179,12 +225,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="oppu-workflow-") as folder:
         project = Project(Path(folder), options)
         project.make()
-        seconds, done = measure(project)
-    figures = {name: spread(values) for name, values in seconds.items()}
-    show(["", "goal (s)", "median (s)"], [[n, GOALS.get(n), figure["median"]] for n, figure in figures.items()])
+        meter, done = measure(project)
+    figures = {name: spread(values) for name, values in meter.wall.items()}
+    processor = {name: spread(values) for name, values in meter.processor.items()}
+    goals = GOALS if options.users_per_job == 100 else {}
+    rows = [[n, goals.get(n), figure["median"], processor[n]["median"]] for n, figure in figures.items()]
+    show(["", "goal (s)", "median (s)", "of processors (s)"], rows)
     for name, what in done.items():
         sys.stdout.write(f"{name}: {what}\n")
-    finish(options, figures, {}, done=done)
+    finish(options, figures, {}, processor_seconds=processor, done=done)
     return 0
 
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oppu import recipe as keys
 from oppu.cells import pool_of
 from oppu.files import file_digest, folder_digests, lock, new_folder, read_base, read_json, write_json
+from oppu.keys import base_key
 from oppu.profiles import base_profiles_of
+from oppu.recipe import lora_of
 from oppu.records import InputError, User
 from oppu.seeds import seed_of, seed_text
 
@@ -56,7 +57,7 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: 
         if encoder := values["runtime"]["encoder"]:
             model |= {f"encoder/{name}": known for name, known in model_files(encoder, None).items()}
         texts = base_profiles_of(values, profiles)
-        key = keys.base_key(values, model, file_digest(base_users), texts)
+        key = base_key(values, model, file_digest(base_users), texts)
         manifest = _manifest(folder)
         if manifest is None or manifest["key"] != key:
             trained = _train(folder, values, base_users, texts)
@@ -114,7 +115,7 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path, profiles: dic
     counts: Counter[str] = Counter()
     context = context_of(recipe, tokenizer, pool_of(base_users, recipe), accelerator.device)
     examples = _examples(recipe, context, users, counts, profiles)
-    lora = keys.lora_of(recipe)
+    lora = lora_of(recipe)
     name = (recipe["seed"], recipe["task"]["name"], recipe["augmentation"])
     bank = LoraBank(model, lora, 1, seed_of(*name, "base", "initial parameters"))
     steps = plan(

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from oppu import recipe as keys
-from oppu.config import OWN
+from oppu import keys
 from oppu.files import digest, file_digest, folder_digests, read_base, read_json, write_json
 from oppu.profiles import profile_of
 from oppu.records import InputError, Item, User
+from oppu.setting import OWN
 from oppu.warm import Lesson, anew, lesson_of
 
 
@@ -165,13 +165,18 @@ def _lesson(
     return lesson_of(recipe, user, key_of, chain, entry["key"])
 
 
-def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """A whole cell's predictions; InputError where the cell is missing or damaged."""
+def whole_record(folder: Path) -> dict[str, Any]:
+    """A whole cell's record; InputError where the cell is missing or damaged."""
     record = read_record(folder)
     if "predictions" not in record.get("artefacts", {}):
         raise InputError([f"{folder}: no whole cell here; `snakemake --cores all` makes it"])
     if bad := damage(folder, record["artefacts"]):
         raise InputError([f"{folder}: {', '.join(bad)} missing or changed; `snakemake --cores all -R cells` mends it"])
+    return record
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The predictions of a cell that `whole_record` found whole."""
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

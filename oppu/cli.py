@@ -1,4 +1,4 @@
-"""The command line: what a person asks; what the workflow's rules call stands in cli_rules.py.
+"""The command line: what a person asks; what the workflow's rules call stands in cli_rules.py. It begins in command.py.
 
 Heavy modules are imported inside the commands that need them: `oppu cells` with nothing stale never imports torch.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from oppu.cli_rules import Mended, TaskName, rules
+from oppu.command import log_to_stderr, plain_errors
 from oppu.records import InputError
 
 app = typer.Typer(
@@ -28,10 +28,7 @@ log = logging.getLogger("oppu")
 
 @app.callback()
 def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="more log lines")] = False) -> None:
-    level = logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    for name in ("httpx", "filelock", "fsspec", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    log_to_stderr(logging.DEBUG if verbose else logging.INFO)
 
 
 @app.command()
@@ -119,6 +116,38 @@ def verify(folder: Annotated[Path, typer.Argument(help="results folder")] = Path
 
 
 @app.command()
+def gc(
+    folder: Annotated[Path | None, typer.Argument(help="results folder; default: the config's, or results")] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", "--configfile", help="also settings and bases that these config files do not name"),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed; otherwise nothing is")] = False,
+) -> None:
+    """List what users who are no longer tested have left behind, cells above all; delete it only on request.
+
+    Settings that are no longer in the config are kept, and their cells are fresh when they come back; --config lists
+    them too.
+    """
+    from oppu import garbage
+    from oppu.plan import read_config
+
+    settings = read_config(config) if config else None
+    folder = folder or Path(settings.results if settings else "results")
+    found = garbage.of_removed_users(folder)
+    if settings:
+        others = garbage.of_other_settings(folder, settings)
+        found = [path for path in found if not any(path.is_relative_to(other) for other in others)] + others
+    sizes = [garbage.size(path) for path in found]
+    for path, size in zip(found, sizes, strict=True):
+        typer.echo(f"{path}\t{size} bytes")
+    if delete:
+        garbage.delete(folder, found)
+    fate = "deleted" if delete else "--delete deletes them"
+    typer.echo(f"{len(found)} files and folders, {sum(sizes)} bytes" + (f"; {fate}" if found else ""))
+
+
+@app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="base.json of a base, e.g. results/LaMP_2N/k0/base/base.json")],
     out: Annotated[Path, typer.Argument(help="folder to write the merged model to")],
@@ -202,14 +231,9 @@ app.add_typer(rules)
 
 
 def main() -> None:
-    """Run a command; bad input and failed users end with a message and exit code 1, never with a traceback."""
-    try:
+    """Run a command."""
+    with plain_errors():
         app()
-    except (InputError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

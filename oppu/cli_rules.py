@@ -136,9 +136,9 @@ def score_setting(
     submission: Annotated[Path, typer.Option(help="predictions in LaMP's own submission format")],
 ) -> None:
     """Score a setting as LaMP does; refuses missing and damaged cells."""
-    from oppu import results
+    from oppu import score_job
 
-    results.score(out, scored, submission, task, users, queries)
+    score_job.run(out, scored, submission, task, users, queries)
 
 
 @rules.command(rich_help_panel=PANEL)

@@ -15,18 +15,20 @@ from accelerate import Accelerator
 
 from oppu.bank import Bank, load_adapter, save_adapter
 from oppu.banks import bank_for
-from oppu.config import Generation, parse_augmentation
+from oppu.config import Generation
 from oppu.decoding import Asked
 from oppu.encoder import Encoder
 from oppu.examples import Context, history_examples, label_targets, query_prompts
 from oppu.generation import generate
+from oppu.keys import base_digest
 from oppu.labels import likeliest
 from oppu.models import load_base, load_tokenizer
-from oppu.recipe import base_digest, training_of
+from oppu.recipe import training_of
 from oppu.records import Item, Query, User
 from oppu.retrieval import Search
 from oppu.rows import Example, plan, virtual
 from oppu.seeds import seed_of, seed_text
+from oppu.setting import parse_augmentation
 from oppu.tasks import tasks
 from oppu.training import train
 from oppu.warm import Lesson

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from oppu.records import InputError
+from oppu.setting import AUGMENTATION, AUGMENTATIONS, parse_augmentation
 from oppu.tasks import Closed, tasks
 
-AUGMENTATION = re.compile(r"(?P<profile>profile-)?(?:(?P<other>recency|dense)-(?=k[1-9]))?k(?P<k>\d+)|random")
-AUGMENTATIONS = "k0, k1, …, random, profile-k0, profile-k1, …, recency-k1, …, dense-k1, …"
-OWN = ("lora", "ia3", "prompt")
-"""PEFT words of a user's own adapter: low-rank matrices, scaled activations, and virtual tokens before the prompt."""
-CONTROLS = ("pooled", "swapped")
-"""PEFT words of adapters that are not the user's own: one trained on all test users' histories, and another user's."""
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What a prompt carries: a profile or not, and k items of the history by a retriever, or one random item (k 1)."""
-
-    profile: bool
-    k: int
-    random: bool = False
-    retriever: Literal["bm25", "recency", "dense"] = "bm25"
-
-
-def parse_augmentation(name: str) -> Augmentation:
-    """`k0`, `k4`, `profile-k1`, `recency-k2`, `random` as a record; InputError for any other name."""
-    match = AUGMENTATION.fullmatch(name)
-    if match is None:
-        raise InputError([f"augmentation {name!r} is none of {AUGMENTATIONS}"])
-    if match["k"] is None:
-        return Augmentation(False, 1, random=True)
-    return Augmentation(match["profile"] is not None, int(match["k"]), retriever=match["other"] or "bm25")  # type: ignore[arg-type]
 
 
 class Split(Closed):
@@ -353,7 +326,7 @@ class Config(Closed):
     def settings(self) -> list[tuple[str, str, str]]:
         """Every (augmentation, PEFT kind, history variant) to run: all combinations, but `random` with none only.
 
-        Further training seeds are settings of their own, `k0-s1` after `k0` (see `recipe.seeded`).
+        Further training seeds are settings of their own, `k0-s1` after `k0` (see `setting.seeded`).
         """
         return [
             (a + (f"-s{n}" if n else ""), p, h)

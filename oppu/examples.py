@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from oppu.config import Augmentation
 from oppu.prompts import Prompt, Tokenizer, fit, ids
 from oppu.records import InputError, Item, Query, User
 from oppu.retrieval import BM25, Draws, Search, retrieve_for_history, retrieve_for_queries
 from oppu.rows import Example
+from oppu.setting import Augmentation
 from oppu.tasks import Task
 
 

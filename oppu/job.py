@@ -15,9 +15,9 @@ from typing import Any
 
 from oppu import ranks
 from oppu.cells import Cell, borrowed, open_cell, pool_of, source_of, start_of
-from oppu.config import CONTROLS
 from oppu.files import digest, held, new_folder, read_json, read_user, read_users, write_bytes, write_json
 from oppu.records import InputError, Item
+from oppu.setting import CONTROLS
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,8 @@ def run(
         cells, failed = job.open(histories)
         stale = [cell for cell in cells if cell.stale]
         trained = sum("adapter" in cell.stale for cell in stale)
-        log.info("%s: %d users, %d to train, %d to predict", job.setting, len(names), trained, len(stale))
+        asked = sum("predictions" in cell.stale for cell in stale)
+        log.info("%s: %d users, %d to train, %d to predict", job.setting, len(names), trained, asked)
         _tell_warm(stale)
         own = lead.share({cell.user.key: job.cost(cell) for cell in stale})
         if own:

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from oppu.config import OWN, Config, Training, load, parse_augmentation
+from oppu.config import Config, Training, load
 from oppu.plan_counts import PASS, Task, Work
 from oppu.plan_data import PAPER_USERS, data_of, tokenizer_of
-from oppu.recipe import seeded
 from oppu.records import InputError
+from oppu.setting import OWN, parse_augmentation, seeded
 from oppu.shape import BYTES, Shape, known, shape_of
 from oppu.tasks import task as task_named
 

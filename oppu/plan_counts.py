@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
-from oppu.config import Config, PromptTraining, Training, parse_augmentation
+from oppu.config import Config, PromptTraining, Training
 from oppu.examples import Context, history_examples, query_examples, query_prompts
 from oppu.plan_data import Data, spread
 from oppu.profiles import extractive
@@ -15,6 +15,7 @@ from oppu.records import User
 from oppu.retrieval import Search
 from oppu.rows import Chunk, Example, next_batch, passes, plan, virtual
 from oppu.seeds import seed_text
+from oppu.setting import parse_augmentation
 from oppu.tasks import task as task_named
 
 USERS = 16

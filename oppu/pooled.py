@@ -13,7 +13,7 @@ from pathlib import Path
 
 from oppu.cells import damage, profile_of, read_record
 from oppu.files import digest, folder_digests, lock, new_folder, read_json, read_user, write_json
-from oppu.recipe import adapter_key
+from oppu.keys import adapter_key
 from oppu.records import InputError
 
 log = logging.getLogger(__name__)

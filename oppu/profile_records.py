@@ -15,8 +15,8 @@ from typing import Any
 
 from oppu.base import model_files
 from oppu.files import file_digest, held, lock, read_base, read_json, read_user, write_if_changed, write_json
+from oppu.keys import profile_key
 from oppu.profiles import extractive, read_lines, sealed, whole
-from oppu.recipe import profile_key
 from oppu.records import InputError, User
 from oppu.tasks import tasks
 

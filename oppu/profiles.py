@@ -12,12 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from oppu.config import parse_augmentation
 from oppu.files import digest, read_json
 from oppu.records import InputError, Item, User
-from oppu.tasks import Task, fields_of, render
+from oppu.setting import parse_augmentation
+
+if TYPE_CHECKING:
+    from oppu.tasks import Task
 
 NONE = "none"
 OFTEN = 0.3
@@ -131,6 +133,8 @@ def extractive(task: Task, history: Sequence[Item], /) -> str:
     texts in `profile.words`: `length` (mean number of whitespace words), `shape` (how most are capitalised, and what
     over 30 % of them carry), `words` (the eight words that most items use; 'none' where nothing can be said).
     """
+    from oppu.tasks import fields_of, render  # pydantic and a table: not where a record is only read
+
     if not history:
         return ""
     return render(task.profile.form, {name: _FIELDS[name](task, history) for name in fields_of(task.profile.form)})

@@ -1,20 +1,17 @@
-"""Recipes: everything that a base or a cell depends on besides data and base, and the keys made from them.
+"""Recipes: everything that a base or a cell depends on besides data and base; oppu/keys.py makes keys from them.
 
 A recipe is plain JSON that Snakemake writes into the tree. `runtime` in it says how to run, not what comes out: it is
-no part of any key. Nothing here imports torch: a check that nothing is stale must take well under a second.
+no part of any key.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from oppu.config import CONTROLS, TRAININGS, Config, Lora, Training, parse_augmentation
-from oppu.files import digest
-from oppu.records import User
+from oppu.config import TRAININGS, Config, Lora, Training
+from oppu.keys import VERSIONS, versions
+from oppu.setting import CONTROLS, parse_augmentation, seeded
 from oppu.tasks import Task, tasks
-
-VERSIONS = {"split": 1, "retrieval": 1, "prompts": 1, "profiles": 1, "examples": 1, "training": 1, "generation": 1}
-"""Recipe versions, one number per step. Raise one when a step's results change; golden tests notice if you forget."""
 
 RUNTIME = {"tokens_per_batch"}
 START = {"start", "replay"}
@@ -28,13 +25,7 @@ def _split_runtime(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     )
 
 
-def seeded(name: str) -> tuple[str, int]:
-    """A setting's augmentation and number of training seed: `k0` -> k0, 0; `k0-s2` -> k0, 2."""
-    augmentation, _, number = name.partition("-s")
-    return augmentation, int(number or 0)
-
-
-def _common(config: Config, task: Task, name: str) -> dict[str, Any]:
+def _common(config: Config, task: Task, name: str, *steps: str) -> dict[str, Any]:
     augmentation, repeat = seeded(name)
     what = parse_augmentation(augmentation)
     found = what.k > 0 and not what.random
@@ -45,7 +36,7 @@ def _common(config: Config, task: Task, name: str) -> dict[str, Any]:
         "model": config.model.model_dump(include={"dtype", "max_length", "quantization"}),
         "random": config.retrieval.random if what.random else None,
         "query": config.retrieval.query if found and what.retriever != "recency" else None,
-        "versions": VERSIONS,
+        "versions": versions(what.k > 0, *steps),
     }
 
 
@@ -60,7 +51,7 @@ def base_recipe(config: Config, task: str, augmentation: str) -> dict[str, Any]:
     """What the base model of (task, augmentation) depends on besides data: section 2.2."""
     lora = config.base_lora(task)
     training, runtime = _split_runtime(lora.model_dump(exclude={"examples"}))
-    return _common(config, tasks()[task], augmentation) | {
+    return _common(config, tasks()[task], augmentation, "training") | {
         "examples": lora.examples,
         "training": training,
         "runtime": {"training": runtime} | _where(config, augmentation),
@@ -76,7 +67,7 @@ def cell_recipe(config: Config, task: str, augmentation: str, peft: str, history
         generation = {"labels": "score", "max_new_tokens": generation["max_new_tokens"]}
     elif not generation["sample"]:
         generation = {"sample": False, "max_new_tokens": generation["max_new_tokens"]}
-    return _common(config, tasks()[task], augmentation) | {
+    return _common(config, tasks()[task], augmentation, "training", "generation") | {
         "peft": peft,
         "history": history,
         "training": training if peft != "none" else None,
@@ -112,13 +103,6 @@ def profile_recipe(config: Config, task: str) -> dict[str, Any]:
     }
 
 
-def profile_key(recipe: dict[str, Any], model_files: dict[str, str] | None, user: User, own: str | None) -> str:
-    """Key of a profile: recipe, the writing model's files, that user's history, and the user's own text if any."""
-    known = {k: v for k, v in recipe.items() if k != "runtime"}
-    history = user.as_json(golds=False)["history"]
-    return digest({"recipe": known, "model": model_files, "user": user.key, "history": history, "own": own})
-
-
 def training_of(recipe: dict[str, Any]) -> Training:
     """The training settings of a recipe's own kind."""
     kind = TRAININGS.get(recipe.get("peft", "lora"))
@@ -129,61 +113,3 @@ def lora_of(recipe: dict[str, Any]) -> Lora:
     """A recipe's settings of LoRA, alpha resolved to a number (default: the rank, a scale of 1)."""
     values = recipe["training"] | recipe["runtime"]["training"]
     return Lora(**values | {"alpha": values["alpha"] or float(values["rank"])})
-
-
-def base_key(
-    recipe: dict[str, Any], model_files: dict[str, str], users_digest: str, profiles: dict[str, str] | None
-) -> str:
-    """Key of a base: recipe, the model's files, all base users' histories and queries, and their profiles' texts."""
-    known = {k: v for k, v in recipe.items() if k != "runtime"}
-    return digest({"recipe": known, "model": model_files, "users": users_digest, "profiles": profiles})
-
-
-def base_digest(manifest: dict[str, Any]) -> str:
-    """What a base is, to its cells: its key and its bytes."""
-    return digest({"key": manifest["key"], "files": manifest["files"], "model": manifest["model"]})
-
-
-def adapter_key(
-    recipe: dict[str, Any], manifest: dict[str, Any], user: User, profile: str | None, pool: str | None
-) -> str:
-    """Key of a personal adapter: everything that determines it (DESIGN: cells are keyed by content).
-
-    It is that of an adapter which began at its initial parameters; oppu/warm.py makes the others' from it.
-    """
-    known = {k: v for k, v in recipe.items() if k not in {"runtime", "generation", "start"}}
-    return digest(
-        {
-            "recipe": known,
-            "base": base_digest(manifest),
-            "user": user.key,
-            "history": user.as_json(golds=False)["history"],
-            "profile": profile,
-            "pool": pool,
-        }
-    )
-
-
-def predictions_key(
-    recipe: dict[str, Any],
-    manifest: dict[str, Any],
-    user: User,
-    profile: str | None,
-    pool: str | None,
-    adapter: str | None,
-) -> str:
-    """Key of a user's predictions: their queries, what their prompts carry, the adapter, and how answers are made."""
-    known = {k: v for k, v in recipe.items() if k not in {"runtime", "training", "start"}}
-    data = user.as_json(golds=False)
-    return digest(
-        {
-            "recipe": known,
-            "base": base_digest(manifest),
-            "user": user.key,
-            "adapter": adapter,
-            "queries": data["queries"],
-            "history": data["history"] if recipe["augmentation"] not in {"k0", "profile-k0"} else None,
-            "profile": profile,
-            "pool": pool,
-        }
-    )

@@ -1,44 +1,21 @@
-"""From cells to tables: what the rules `score`, `references` and `tables` run."""
+"""From cells to tables: what the rules `references` and `tables` run."""
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
-from oppu import scores, tables
+from oppu import tables
 from oppu.boards import Bootstrap, Setting
-from oppu.cells import read_predictions
 from oppu.files import read_base, read_json, read_user, read_users, write_bytes, write_json
 from oppu.plots import table1_figure, write_figure
-from oppu.recipe import seeded
-from oppu.records import InputError
 from oppu.references import references as predict_references
-from oppu.split import read_queries
+from oppu.setting import seeded
 from oppu.tasks import task as task_record
 from oppu.terminal import terminal_table
-
-
-def score(out: Path, scored: Path, submission: Path, task: str, users: Path, queries: Path) -> None:
-    """Score the setting in whose folder `out` lies. InputError names every missing or damaged cell."""
-    record = task_record(task)
-    predictions, problems = {}, []
-    for user in read_users(users):
-        try:
-            predictions[user] = read_predictions(out.parent / "users" / user)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    result = scores.score(record, read_queries(queries), predictions)
-    table = io.BytesIO()
-    result.scored.write_parquet(table)
-    write_bytes(scored, table.getvalue())
-    write_json(submission, scores.submission(record, predictions))
-    write_json(out, result.metrics, mode=0o644)
 
 
 def references(out: Path, task: str, base_users: Path, histories: Sequence[Path]) -> None:

@@ -19,9 +19,9 @@ from typing import Literal
 import numpy as np
 from rank_bm25 import BM25Okapi
 
-from oppu.config import Augmentation
 from oppu.files import digest
 from oppu.records import Item, Query
+from oppu.setting import Augmentation
 from oppu.tasks import Task, fields_of, render
 
 K1, B, EPSILON = 1.5, 0.75, 0.25

@@ -10,9 +10,9 @@ from typing import Any
 import polars as pl
 
 from oppu.boards import Board, Bootstrap, References, Setting, boards
-from oppu.config import CONTROLS, OWN
 from oppu.files import write_bytes
 from oppu.records import User
+from oppu.setting import CONTROLS, OWN
 from oppu.significance import ALPHA, TESTS, Difference, Estimate, holm
 from oppu.tasks import Task
 

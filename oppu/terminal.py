@@ -9,8 +9,8 @@ from typing import Any
 
 import polars as pl
 
-from oppu.config import CONTROLS, OWN
 from oppu.metrics import better, columns
+from oppu.setting import CONTROLS, OWN
 from oppu.significance import TESTS
 from oppu.table1 import number
 from oppu.tables import augmentation_order, read_csv

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from oppu.config import parse_augmentation
 from oppu.profiles import commonest, extractive
 from oppu.prompts import Prompt, fit, ids
 from oppu.records import Item
 from oppu.retrieval import retrieve_for_history, retrieve_for_queries
+from oppu.setting import parse_augmentation
 from oppu.tasks import task
 from oppu.tiny_lm import label_tokens
 from oppu.tiny_lm_teacher import bag_of_words, labels

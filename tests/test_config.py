@@ -10,6 +10,7 @@ import yaml
 from oppu import config, recipe
 from oppu.config_page import describe
 from oppu.records import InputError
+from oppu.setting import seeded
 from oppu.table1 import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,7 @@ def test_repeats_are_settings_of_their_own_and_random_is_run_without_an_adapter(
     found = config.load({"augmentations": ["k0", "random"], "training_seeds": 3}).settings
     assert [a for a, p, _ in found if p == "lora"] == ["k0", "k0-s1", "k0-s2"]
     assert [a for a, p, _ in found if p == "none"] == ["k0", "random", "k0-s1", "random-s1", "k0-s2", "random-s2"]
-    assert [recipe.seeded(a) for a, p, _ in found if p == "lora"] == [("k0", 0), ("k0", 1), ("k0", 2)]
+    assert [seeded(a) for a, p, _ in found if p == "lora"] == [("k0", 0), ("k0", 1), ("k0", 2)]
     with pytest.raises(InputError, match="random"):
         config.load({"augmentations": ["random"], "peft": ["lora"]})
 

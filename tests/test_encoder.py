@@ -10,10 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from oppu.config import load, parse_augmentation
+from oppu.config import load
 from oppu.encoder import Encoder
 from oppu.records import InputError, Item, Query
 from oppu.retrieval import Search, retrieve_for_queries
+from oppu.setting import parse_augmentation
 from oppu.tasks import task
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "road", "far", "away"]

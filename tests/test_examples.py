@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from oppu.config import parse_augmentation
 from oppu.examples import Context, history_examples, query_examples, query_prompts
 from oppu.models import load_tokenizer
 from oppu.records import Item, User
 from oppu.rows import virtual
+from oppu.setting import parse_augmentation
 from oppu.tasks import task, tasks
 from tests.test_golden import ROOT, person
 

@@ -1,6 +1,6 @@
 """Recipe versions are tied to what they make: whoever changes a text or token step raises its version knowingly.
 
-After a change on purpose: raise the step's number in oppu/recipe.py, then run
+After a change on purpose: raise the step's number in oppu/keys.py, then run
     python -m tests.test_golden
 """
 
@@ -11,15 +11,18 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from oppu.config import load, parse_augmentation
+from oppu.config import load
 from oppu.examples import Context, history_examples, query_prompts
 from oppu.files import digest
+from oppu.keys import SCORING, VERSIONS
 from oppu.llm_profiles import Writer
 from oppu.models import load_tokenizer
 from oppu.profiles import extractive
-from oppu.recipe import VERSIONS, profile_recipe
+from oppu.recipe import profile_recipe
 from oppu.records import Item, Query, User
 from oppu.rows import plan
+from oppu.scores import queries_of, score
+from oppu.setting import parse_augmentation
 from oppu.tasks import fields_of, render, task, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +74,16 @@ def person(name: str) -> User:
     return User("u-0123456789ab", "someone", items, (Query("q1", query),))
 
 
+def scores(name: str) -> dict[str, float]:
+    """What scoring makes of one right answer, one wrong one, and one that is no label, rating or like the gold."""
+    labels = task(name).labels or ["A Title: In Two Parts", "is this a title?"]
+    golds, answers = (labels[0], labels[1], labels[0]), (labels[0], labels[0], "none of them")
+    user = User("u-0123456789ab", "someone", (), tuple(Query(str(n), "", gold) for n, gold in enumerate(golds)))
+    answered = [{"id": str(n), "prediction": answer} for n, answer in enumerate(answers)]
+    metrics = score(task(name), queries_of([user]), {user.key: answered}).metrics
+    return {metric: round(value, 9) for metric, value in metrics.items()}
+
+
 def made() -> dict:
     """Digests of what the text and token steps make of each task's person."""
     tokenizer = load_tokenizer(str(ROOT / "data/models/oppu-tiny"))
@@ -88,15 +101,16 @@ def made() -> dict:
             }
         recipe = profile_recipe(load({"tasks": [name], "profiles": LLM}), name)
         found[name] = {"profile": profile, "profile prompt": digest(Writer(recipe).prompt(user))}
+        found[f"{name} scores"] = scores(name)
     found["plan"] = {"steps": plan(7, 2, 3, "a seed text")}
-    return {"versions": VERSIONS, "made": json.loads(json.dumps(found))}
+    return {"versions": VERSIONS | {"scoring": SCORING}, "made": json.loads(json.dumps(found))}
 
 
 def test_what_the_steps_make_is_what_their_versions_stand_for() -> None:
     golden, now = json.loads(GOLDEN.read_text()), made()
     assert now["versions"] == golden["versions"], "run: python -m tests.test_golden"
     changed = [name for name in now["made"] if now["made"][name] != golden["made"].get(name)]
-    assert not changed, f"{changed} changed: raise the step's number in oppu.recipe.VERSIONS, or undo the change"
+    assert not changed, f"{changed} changed: raise the step's number in oppu.keys.VERSIONS, or undo the change"
 
 
 def prompts() -> str:
@@ -115,7 +129,7 @@ def prompts() -> str:
 def test_prompts_are_the_golden_ones() -> None:
     golden, now = (text.split("\n\n== ") for text in (PROMPTS.read_text(encoding="utf-8"), prompts()))
     changed = [new for new in now if new not in golden]
-    assert now == golden, f"raise `prompts` in oppu.recipe.VERSIONS, or undo the change; now:\n{changed[:1]}"
+    assert now == golden, f"raise `prompts` in oppu.keys.VERSIONS, or undo the change; now:\n{changed[:1]}"
 
 
 if __name__ == "__main__":

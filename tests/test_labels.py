@@ -10,13 +10,15 @@ import torch
 
 from oppu.bank import LoraBank, save_adapter
 from oppu.cohort import Cohort
-from oppu.config import Config, load, parse_augmentation
+from oppu.config import Config, load
 from oppu.decoding import Asked
 from oppu.examples import Context, history_examples, label_targets
+from oppu.keys import predictions_key
 from oppu.labels import likeliest, scores, tree_of
 from oppu.models import load_model, load_tokenizer
-from oppu.recipe import cell_recipe, predictions_key
+from oppu.recipe import cell_recipe
 from oppu.records import InputError
+from oppu.setting import parse_augmentation
 from oppu.tasks import task, tasks
 from tests.test_generation import bank_of, shared_prompts, watched
 from tests.test_golden import ROOT, person

@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_bm25 import BM25Okapi
 
-from oppu.config import Augmentation, parse_augmentation
 from oppu.records import InputError, Item, Query
 from oppu.retrieval import (
     Draws,
@@ -19,6 +18,7 @@ from oppu.retrieval import (
     retrieve_for_queries,
     top_k,
 )
+from oppu.setting import Augmentation, parse_augmentation
 from oppu.tasks import task, tasks
 from tests.samples import TASKS, users
 

@@ -15,6 +15,7 @@ from oppu import config, recipe
 from oppu.bank import LoraBank, load_adapter, save_adapter
 from oppu.cells import Cell, open_cell
 from oppu.files import read_json
+from oppu.keys import adapter_key
 from oppu.records import InputError, Item, Query, User
 from oppu.rows import plan
 from oppu.training import train
@@ -61,8 +62,8 @@ def test_nothing_changes_for_those_who_begin_at_the_start() -> None:
     plain = a_recipe()
     assert "start" not in plain and "start" not in plain["training"] and "replay" not in plain["training"]
     assert {name: value for name, value in PREVIOUS.items() if name != "start"} == plain
-    one = recipe.adapter_key(plain, MANIFEST, person(5), None, None)
-    assert one == recipe.adapter_key(PREVIOUS, MANIFEST, person(5), None, None), "the first link of any chain"
+    one = adapter_key(plain, MANIFEST, person(5), None, None)
+    assert one == adapter_key(PREVIOUS, MANIFEST, person(5), None, None), "the first link of any chain"
 
 
 def test_every_own_kind_may_go_on_and_only_lora_begins_at_the_pooled_lora() -> None:
@@ -98,7 +99,7 @@ def test_appended_items_are_learned_alone_with_a_share_of_old_ones(tmp_path: Pat
 
 
 def anew_key(count: int, how: dict = PREVIOUS) -> str:
-    return recipe.adapter_key(how, MANIFEST, person(count), None, None)
+    return adapter_key(how, MANIFEST, person(count), None, None)
 
 
 def edited(user: User, place: int) -> User:
@@ -139,7 +140,7 @@ def test_other_settings_base_or_profile_train_anew(tmp_path: Path) -> None:
     record = read_json(folder / "cell.json")
     key = record["artefacts"]["adapter"]["key"]
     for profile, warm in ((None, True), ("a profile", False)):
-        key_of = lambda user, profile=profile: recipe.adapter_key(PREVIOUS, MANIFEST, user, profile, None)  # noqa: E731
+        key_of = lambda user, profile=profile: adapter_key(PREVIOUS, MANIFEST, user, profile, None)  # noqa: E731
         assert lesson_of(PREVIOUS, person(9), key_of, record["trained_on"], key).warm == warm
 
 
@@ -156,7 +157,7 @@ def test_a_forged_chain_is_not_believed(tmp_path: Path) -> None:
     cell = learned(tmp_path, PREVIOUS, 5, 8)
     for places in ([8], [5, 7], [3, 8], [8, 5], [5, 5, 8], [0, 5, 8], [5, 8, 20]):
         chain: list[Link] = [{"items": n} for n in places]
-        key_of = lambda user: recipe.adapter_key(PREVIOUS, MANIFEST, user, None, None)  # noqa: E731
+        key_of = lambda user: adapter_key(PREVIOUS, MANIFEST, user, None, None)  # noqa: E731
         lesson = lesson_of(PREVIOUS, person(8), key_of, chain, cell.keys["adapter"])
         assert lesson.key == anew_key(8) and not lesson.warm
 
@@ -182,7 +183,7 @@ def test_max_items_holds_for_the_new_items_too(tmp_path: Path) -> None:
 
 def test_replay_depends_on_seed_task_user_and_what_was_learned_alone(tmp_path: Path) -> None:
     def replayed(user: User, how: dict, before: int = 40) -> tuple[int, ...]:
-        key_of = lambda one: recipe.adapter_key(how, MANIFEST, one, None, None)  # noqa: E731
+        key_of = lambda one: adapter_key(how, MANIFEST, one, None, None)  # noqa: E731
         first = anew(how, replace(user, history=user.history[:before]), key_of)
         new = len(user.history) - before
         return lesson_of(how, user, key_of, first.links, first.key).items[:-new]

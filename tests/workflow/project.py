@@ -24,12 +24,12 @@ def sample(name: str, part: str, kind: str) -> object:
     return json.loads(gzip.decompress(path.read_bytes()))
 
 
-def slice_of_sample(folder: Path, name: str, items: int = 10) -> None:
+def slice_of_sample(folder: Path, name: str, items: int = 10, users: int = TEST_USERS) -> None:
     """The first users of a task of the sample, with short histories, as plain JSON."""
-    for part, count in (("dev", TEST_USERS), ("train", BASE_USERS)):
+    for part, count in (("dev", users), ("train", BASE_USERS)):
         questions, outputs = sample(name, part, "questions"), sample(name, part, "outputs")
-        users = sorted({q["user_id"] for q in questions})[:count]
-        kept = [q | {"profile": q["profile"][:items]} for q in questions if q["user_id"] in users]
+        chosen = sorted({q["user_id"] for q in questions})[:count]
+        kept = [q | {"profile": q["profile"][:items]} for q in questions if q["user_id"] in chosen]
         ids = {q["id"] for q in kept}
         golds = [g for g in outputs["golds"] if g["id"] in ids]
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -57,6 +57,8 @@ class Project:
 
     folder: Path
     config: dict
+    package: Path = ROOT
+    """Where the package oppu is; a changed copy, in some tests."""
 
     @classmethod
     def make(cls, folder: Path, tasks: tuple[str, ...] = ("LaMP_2N",), **config: object) -> Project:
@@ -73,11 +75,12 @@ class Project:
     def copy(self, folder: Path) -> Project:
         """The same project elsewhere, mtimes and Snakemake's records included."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Project(folder, json.loads(json.dumps(self.config)))
+        return Project(folder, json.loads(json.dumps(self.config)), self.package)
 
     def environment(self) -> dict[str, str]:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        """An `oppu` of the project's own (benchmarks/no_models.py writes one) stands before the installed one."""
+        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(self.package)}
 
     def command(self, *arguments: str) -> list[str]:
         (self.folder / "config").mkdir(exist_ok=True)

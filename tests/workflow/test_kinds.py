@@ -105,7 +105,7 @@ def test_damage_is_mended_and_only_a_kinds_own_settings_stale_it(several: Projec
     project.forget_logs()
     (adapter(project, "prompt", project.users()[1]) / "adapter_model.safetensors").unlink()
     project.run()
-    assert project.made() == (1, 1)
+    assert project.made() == (1, 0), "the answers are whole"
     project.forget_logs()
     project.config["ia3"] = {"lr": 2e-2}
     project.run()

@@ -8,8 +8,9 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from oppu import config as settings
-from oppu import recipe
+from oppu import keys, recipe
 from oppu.records import InputError
+from oppu.setting import parse_augmentation, seeded
 
 validate(config, workflow.source_path("../schemas/config.schema.json"), set_default=False)
 try:
@@ -41,7 +42,7 @@ wildcard_constraints:
     peft="none|lora|ia3|prompt|pooled|swapped",
     history="full",
     user="u-[0-9a-f]{12}",
-    cohort="[0-9]{3}|u-[0-9a-f]{12}",
+    cohort="[0-9]{3}[0-9]*|u-[0-9a-f]{12}",
 
 
 @lru_cache
@@ -68,7 +69,7 @@ def cohorts(task, setting):
 
 def with_profile(augmentation):
     "Whether the prompts of an augmentation (`profile-k0`, `profile-k0-s1`) carry a profile."
-    return settings.parse_augmentation(recipe.seeded(augmentation)[0]).profile
+    return parse_augmentation(seeded(augmentation)[0]).profile
 
 
 def profile_stamp(w, name):

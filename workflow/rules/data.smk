@@ -12,7 +12,7 @@ checkpoint split:
         "../../envs/oppu.yaml"
     params:
         settings=as_json(CONFIG.split.model_dump()),
-        version=recipe.VERSIONS["split"],
+        version=keys.VERSIONS["split"],
         mended=lambda w: mended(f"{SPLIT}/users.json".format(**w)),
         data=lambda w: CONFIG.folder(w.task),
     shell:

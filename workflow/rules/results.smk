@@ -34,6 +34,8 @@ rule score:
         f"{LOGS}/{{task}}/{{augmentation}}/{{peft}}/{{history}}/score.log",
     conda:
         "../../envs/oppu.yaml"
+    params:
+        version=keys.SCORING,
     shell:
         "oppu score-setting {output.scores:q} --scored {output.scored:q} --submission {output.submission:q}"
         " --task {wildcards.task:q} --users {input.users:q} --queries {input.queries:q} > {log:q} 2>&1"

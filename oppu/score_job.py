@@ -1,0 +1,76 @@
+"""The command of rule `score`: a setting's scores, counted again only where something they are made from changed.
+
+Snakemake deletes scores before it asks for them again, and asks whenever a cohort was checked. So what was counted is
+kept in `.scores/` beside them, with its key; while that holds, it is laid out again, and no table is imported.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from oppu.cells import read_predictions, whole_record
+from oppu.files import file_digest, new_folder, read_json, read_users, write_bytes, write_json
+from oppu.keys import scores_key
+from oppu.records import InputError
+
+log = logging.getLogger(__name__)
+
+
+def run(out: Path, scored: Path, submission: Path, task: str, users: Path, queries: Path) -> None:
+    """Score the setting in whose folder `out` lies. InputError names every missing or damaged cell."""
+    setting, everyone = out.parent, read_users(users)
+    predictions, problems = {}, []
+    for user in everyone:
+        try:
+            predictions[user] = whole_record(setting / "users" / user)["artefacts"]["predictions"]
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    key = scores_key(read_json(setting / "recipe.json"), file_digest(queries), predictions)
+    outputs = {path.name: path for path in (scored, submission, out)}
+    kept = _kept(setting / ".scores", key, set(outputs))
+    if kept is None:
+        _count(out, scored, submission, task, everyone, queries)
+        kept = {name: path.read_bytes() for name, path in outputs.items()}
+        with new_folder(setting / ".scores") as folder:
+            for name, data in kept.items():
+                write_bytes(folder / name, data)
+            files = {name: file_digest(folder / name) for name in kept}
+            write_json(folder / "key.json", {"key": key, "files": files})
+        log.info("%s: %d users scored", setting, len(everyone))
+        return
+    for name, path in outputs.items():
+        write_bytes(path, kept[name], mode=0o644 if path == out else 0o600)
+    log.info("%s: the scores of %d users are fresh", setting, len(everyone))
+
+
+def _count(out: Path, scored: Path, submission: Path, task: str, users: Sequence[str], queries: Path) -> None:
+    from oppu import scores  # numpy and polars: half a second, so only when something must be counted
+    from oppu.split import read_queries
+    from oppu.tasks import task as task_record
+
+    record = task_record(task)
+    predictions = {user: read_predictions(out.parent / "users" / user) for user in users}
+    result = scores.score(record, read_queries(queries), predictions)
+    table = io.BytesIO()
+    result.scored.write_parquet(table)
+    write_bytes(scored, table.getvalue())
+    write_json(submission, scores.submission(record, predictions))
+    write_json(out, result.metrics, mode=0o644)
+
+
+def _kept(folder: Path, key: str, names: set[str]) -> dict[str, bytes] | None:
+    """What was counted before, if it has this key and is whole."""
+    try:
+        record: dict[str, Any] = read_json(folder / "key.json")
+        whole = set(record["files"]) == names and record["key"] == key
+        if not whole or any(file_digest(folder / name) != known for name, known in record["files"].items()):
+            return None
+        return {name: (folder / name).read_bytes() for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
