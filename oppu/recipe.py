@@ -16,7 +16,7 @@ from oppu.tasks import Task, tasks
 VERSIONS = {"split": 1, "retrieval": 1, "prompts": 1, "profiles": 1, "examples": 1, "training": 1, "generation": 1}
 """Recipe versions, one number per step. Raise one when a step's results change; golden tests notice if you forget."""
 
-RUNTIME = {"tokens_per_batch"}
+RUNTIME = {"tokens_per_batch", "checkpoint_minutes"}
 START = {"start", "replay"}
 """Where personal training begins: no part of a recipe's `training`, nor of the key of what began at the start."""
 

@@ -79,7 +79,7 @@ def shares(project: Project) -> list[list[str]]:
     """Who goes to which of two ranks while nothing is made."""
     setting, base = project.folder / SETTING, project.folder / "results/LaMP_2N/k0/base"
     recipe = read_json(setting / "recipe.json")
-    job = Job(setting, recipe, read_json(base / "base.json"), base, None, project.users(), None)
+    job = Job(setting, recipe, read_json(base / "base.json"), base, None, project.users(), None, setting / "none")
     opened, failed = job.open(histories(project))
     assert not failed
     return ranks.share_out({cell.user.key: job.cost(cell) for cell in opened}, 2)
