@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands that need them: `oppu cells` with
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -118,6 +119,14 @@ def verify(folder: Annotated[Path, typer.Argument(help="results folder")] = Path
         raise typer.Exit(1)
 
 
+@app.command(name="end-orphans")
+def end_orphans(folder: Annotated[Path, typer.Argument(help="where the workflow ran")] = Path()) -> None:
+    """End jobs that outlived a killed run in this folder (`make resume` begins with it); refused while a run is on."""
+    from oppu import orphans
+
+    orphans.end(folder)
+
+
 @app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="base.json of a base, e.g. results/LaMP_2N/k0/base/base.json")],
@@ -205,11 +214,21 @@ def main() -> None:
     """Run a command; bad input and failed users end with a message and exit code 1, never with a traceback."""
     try:
         app()
-    except (InputError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+    except (InputError, RuntimeError, OSError, MemoryError) as error:
+        if (told := _told(error)) is None:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {told}", err=True)
         raise SystemExit(1) from None
+
+
+def _told(error: Exception) -> str | None:
+    """What to say of an error whose cause is known; None: a traceback says more."""
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return f"{error}: make room and run again; what is finished is kept" if full else None
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {error}; run again with fewer jobs at once; what is finished is kept"
+    return str(error) if type(error) in (InputError, RuntimeError) else None
 
 
 if __name__ == "__main__":
