@@ -68,7 +68,8 @@ class Job:
 
         They are trained along once more, so that all is packed as it was, to the same bytes; what they have is kept.
         """
-        saved = kept_keys(self.checkpoint)
+        if not (saved := kept_keys(self.checkpoint)):
+            return []
         rank_of = {cell.user.key: saved.get(cell.keys.get("adapter", "")) for cell in cells}
         waiting = {rank_of[cell.user.key] for cell in cells if "adapter" in cell.stale} - {None}
         done = [cell for cell in cells if rank_of[cell.user.key] in waiting and cell.fresh("adapter")]

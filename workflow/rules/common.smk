@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from functools import lru_cache
 
 from snakemake.exceptions import WorkflowError
@@ -40,8 +41,9 @@ def date_back(folder):
     for path, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in ("users", "adapter")]
         for file in (os.path.join(path, name) for name in files):
-            if os.lstat(file).st_mtime > latest:
-                os.utime(file, (86400, 86400))
+            with suppress(FileNotFoundError):  # a job at work may have taken it away
+                if os.lstat(file).st_mtime > latest:
+                    os.utime(file, (86400, 86400))
 
 
 date_back(RESULTS)
