@@ -41,7 +41,7 @@ def _at_work(folder: Path) -> tuple[list[psutil.Process], list[psutil.Process]]:
         try:
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE or process.cwd() != str(folder):
                 continue
-            if _is_snakemake(process.cmdline()):
+            if is_snakemake(process.cmdline()):
                 runs.append(process)
             elif (run := process.environ().get(RUN, "")).isdigit() and not _runs(int(run), process.create_time()):
                 orphans.append(process)
@@ -50,7 +50,8 @@ def _at_work(folder: Path) -> tuple[list[psutil.Process], list[psutil.Process]]:
     return runs, orphans
 
 
-def _is_snakemake(arguments: Sequence[str]) -> bool:
+def is_snakemake(arguments: Sequence[str]) -> bool:
+    """Whether these are the arguments of a Snakemake."""
     return "snakemake" in [Path(argument).name for argument in arguments[:2]] or arguments[1:3] == ["-m", "snakemake"]
 
 

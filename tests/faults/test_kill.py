@@ -23,6 +23,7 @@ from oppu.cohort import context_of
 from oppu.examples import history_examples, query_prompts
 from oppu.files import TEMPORARY, file_digest, folder_digests, read_json, read_user
 from oppu.models import load_tokenizer
+from oppu.orphans import is_snakemake
 from tests.faults.conftest import SETTING, STAGES, TASK, Reference, make, stage
 from tests.workflow.project import TEST_USERS, Project
 
@@ -49,8 +50,7 @@ def kill(run: subprocess.Popen[Any], all_of_it: bool) -> None:
         os.killpg(run.pid, signal.SIGKILL)
     else:
         family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-        (snakemake,) = (one for one in family if any("snakemake" in Path(a).name for a in one.cmdline()[:3]))
-        snakemake.kill()
+        next(one for one in family if is_snakemake(one.cmdline())).kill()
     run.wait()
 
 
