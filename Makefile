@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ACTIVATE = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: demo test lint install resume
+.PHONY: demo test faults lint install resume
 
 demo: install
 	$(ACTIVATE) snakemake --cores all
@@ -12,8 +12,14 @@ demo: install
 test: install
 	$(ACTIVATE) python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-# After a crash or SIGKILL: release the lock and go on; what is finished is kept. ARGS go to both commands.
+# Fifty SIGKILLs at random points, from split to tables (docs/crashes.md).
+faults: install
+	$(ACTIVATE) OPPU_FAULTS=fifty python -m pytest -s -p no:cacheprovider tests/faults/test_kill.py
+
+# After a crash or SIGKILL: end jobs that outlived their run, release the lock, go on; what is finished is kept
+# (docs/crashes.md). ARGS go to both Snakemake commands.
 resume:
+	$(ACTIVATE) oppu end-orphans
 	$(ACTIVATE) snakemake --unlock $(ARGS)
 	$(ACTIVATE) snakemake --cores all --rerun-incomplete $(ARGS)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from oppu.cells import pool_of
-from oppu.files import file_digest, folder_digests, lock, new_folder, read_base, read_json, write_json
+from oppu.checkpoints import Checkpoint, checkpoint_of
+from oppu.files import file_digest, folder_digests, lock, new_folder, read_base, read_json, sweep, write_json
 from oppu.keys import base_key
 from oppu.profiles import base_profiles_of
 from oppu.recipe import lora_of
@@ -60,10 +61,13 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: 
         key = base_key(values, model, file_digest(base_users), texts)
         manifest = _manifest(folder)
         if manifest is None or manifest["key"] != key:
-            trained = _train(folder, values, base_users, texts)
+            sweep(folder)
+            checkpoint = Checkpoint(checkpoint_of(folder), [key])  # beside the folder, which DVC may ship
+            trained = _train(folder, values, base_users, texts, checkpoint)
             files = {f"adapter/{name}": known for name, known in folder_digests(folder / "adapter").items()}
             manifest = {"key": key, "model": model, "files": files, **trained}
             write_json(folder / "manifest.json", manifest)
+            checkpoint.delete()
         else:
             log.info("%s is fresh", folder)
         write_json(out, manifest | {"mended": mended})
@@ -97,7 +101,13 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
-def _train(folder: Path, recipe: dict[str, Any], base_users: Path, profiles: dict[str, str] | None) -> dict[str, Any]:
+def _train(
+    folder: Path,
+    recipe: dict[str, Any],
+    base_users: Path,
+    profiles: dict[str, str] | None,
+    checkpoint: Checkpoint,
+) -> dict[str, Any]:
     """Train the task LoRA: the same trainer as for personal adapters, with the base as its only user."""
     from accelerate import Accelerator  # torch: seconds, so only when something is stale
 
@@ -124,7 +134,9 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path, profiles: dic
     log.info("%s: %d examples of %d base users, %d steps", folder, len(examples), len(users), len(steps))
     seeds = [seed_of(*name, "base", "dropout")]
     progress = progress_log(f"base {recipe['task']['name']}/{recipe['augmentation']}")
-    (trained,) = train(model, bank, [examples], [steps], lora, accelerator, progress=progress, seeds=seeds)
+    (trained,) = train(
+        model, bank, [examples], [steps], lora, accelerator, progress=progress, seeds=seeds, checkpoint=checkpoint
+    )
     if trained.error is not None:
         raise InputError([f"{folder}: base training failed: {trained.error}"])
     log_memory()

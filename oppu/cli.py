@@ -115,6 +115,14 @@ def verify(folder: Annotated[Path, typer.Argument(help="results folder")] = Path
         raise typer.Exit(1)
 
 
+@app.command(name="end-orphans")
+def end_orphans(folder: Annotated[Path, typer.Argument(help="where the workflow ran")] = Path()) -> None:
+    """End jobs that outlived a killed run in this folder (`make resume` begins with it); refused while a run is on."""
+    from oppu import orphans
+
+    orphans.end(folder)
+
+
 @app.command()
 def gc(
     folder: Annotated[Path | None, typer.Argument(help="results folder; default: the config's, or results")] = None,

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from oppu.bank import Bank, load_adapter, save_adapter
 from oppu.banks import bank_for
+from oppu.checkpoints import Checkpoint
 from oppu.config import Generation
 from oppu.decoding import Asked
 from oppu.encoder import Encoder
@@ -136,13 +137,17 @@ class Cohort:
         save_adapter(folder, self.bank, self.adapters.index(adapter), base_name(self.manifest))
 
     def train(
-        self, keys: Sequence[str], finished: Callable[[str], None], lessons: Mapping[str, Lesson] | None = None
+        self,
+        keys: Sequence[str],
+        finished: Callable[[str], None],
+        lessons: Mapping[str, Lesson] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> dict[str, str]:
         """Train on these users' histories; `finished` is told each adapter as soon as its last step is done.
 
-        Adapters go on from what they are: the initial parameters, or what was loaded. `lessons` say which items of its
-        history each user learns from; without, the newest `max_items` of them. Returns why each failed user or adapter
-        failed.
+        Adapters go on from what they are, the initial parameters or what was loaded, or from the checkpoint. `lessons`
+        say which items of its history each user learns from; without, the newest `max_items` of them. Returns why each
+        failed user or adapter failed.
         """
         assert self.bank is not None
         failed: dict[str, str] = {}
@@ -180,6 +185,7 @@ class Cohort:
             progress=progress_log(name),
             seeds=seeds,
             finished=lambda row: finished(self.adapters[row]),
+            checkpoint=checkpoint,
         )
         return failed | {
             adapter: str(one.error) for adapter, one in zip(self.adapters, trained, strict=True) if one.error

@@ -6,6 +6,7 @@ A check that nothing is stale takes a tenth of a second; typer, pydantic and the
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -70,11 +71,21 @@ def plain_errors() -> Iterator[None]:
     """Bad input and failed users end with a message and exit code 1, never with a traceback."""
     try:
         yield
-    except (InputError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+    except (InputError, RuntimeError, OSError, MemoryError) as error:
+        if (told := _told(error)) is None:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {told}\n")
         raise SystemExit(1) from None
+
+
+def _told(error: Exception) -> str | None:
+    """What to say of an error whose cause is known; None: a traceback says more."""
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return f"{error}: make room and run again; what is finished is kept" if full else None
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {error}; run again with fewer jobs at once; what is finished is kept"
+    return str(error) if type(error) in (InputError, RuntimeError) else None
 
 
 def read(arguments: list[str]) -> tuple[Callable[..., None], dict[str, Any]] | None:

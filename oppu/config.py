@@ -68,6 +68,12 @@ class Training(Closed):
     tokens_per_batch: Positive | None = Field(
         None, description="tokens of one forward pass; null: found from free memory. Does not change results"
     )
+    checkpoint_minutes: float | None = Field(
+        10.0,
+        ge=0,
+        description="unfinished adapters are kept every so many minutes (0: after every pass; null: never), so that a"
+        " job that was cut off goes on from there. Does not change results",
+    )
 
 
 class Lora(Training):

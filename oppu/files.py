@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oppu.records import User
+from oppu.records import InputError, User
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,11 @@ def write_if_changed(path: Path, data: bytes) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """JSON of a file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """JSON of a file; InputError where it holds none, as after a crash of the machine."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError([f"{path}: is not whole JSON ({error}); delete it and run again"]) from None
 
 
 @contextmanager
@@ -107,6 +111,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""What `write_bytes` and `new_folder` call what is not whole yet."""
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed writers left half-written in a folder; for who holds it against all others."""
+    for path in folder.glob(".*.*"):
+        if TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,8 @@ from typing import Any
 
 from oppu import ranks
 from oppu.cells import Cell, borrowed, open_cell, pool_of, source_of, start_of
-from oppu.files import digest, held, new_folder, read_json, read_user, read_users, write_bytes, write_json
+from oppu.checkpoints import Checkpoint, checkpoint_of, kept_keys
+from oppu.files import digest, held, new_folder, read_json, read_user, read_users, sweep, write_bytes, write_json
 from oppu.records import InputError, Item
 from oppu.setting import CONTROLS
 
@@ -33,6 +35,7 @@ class Job:
     pool: list[Item] | None
     everyone: Sequence[str]
     profiles: Path | None
+    checkpoint: Path
 
     def open(self, histories: Iterable[Path]) -> tuple[list[Cell], dict[str, str]]:
         """These users' cells; and why those failed that could not be opened."""
@@ -60,17 +63,31 @@ class Job:
             learned = sum(len(text) for fields in items for text in fields.values()) * self.recipe["training"]["epochs"]
         return 1.0 + 2 * learned + sum(len(query.input) for query in cell.user.queries)
 
-    def make(self, stale: Sequence[Cell]) -> dict[str, str]:
+    def along(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Cells that were finished after the checkpoint from which others of them go on.
+
+        They are trained along once more, so that all is packed as it was, to the same bytes; what they have is kept.
+        """
+        if not (saved := kept_keys(self.checkpoint)):
+            return []
+        rank_of = {cell.user.key: saved.get(cell.keys.get("adapter", "")) for cell in cells}
+        waiting = {rank_of[cell.user.key] for cell in cells if "adapter" in cell.stale} - {None}
+        done = [cell for cell in cells if rank_of[cell.user.key] in waiting and cell.fresh("adapter")]
+        return [cell for cell in done if cell.lesson and cell.lesson.items]
+
+    def make(self, cells: Sequence[Cell], rank: int = 0, world: int = 1) -> dict[str, str]:
         """Train and predict these cells in one process; returns why each failed user failed."""
         from oppu.cohort import Cohort  # torch and transformers: seconds, so only when something is stale
 
-        people = [(cell.user, cell.profile, cell.counts) for cell in stale]
+        along = {cell.user.key: cell for cell in self.along(cells)}
+        stale = [cell for cell in cells if cell.stale]
+        people = [(c.user, c.profile, c.counts) for c in cells if c.stale or c.user.key in along]
         cohort = Cohort(self.recipe, self.manifest, self.base, self.pool, people)
         failed: dict[str, str] = {}
         todo = {cell.user.key: cell for cell in stale if "adapter" in cell.keys and not cell.fresh("adapter")}
-        lessons = {key: cell.lesson for key, cell in todo.items() if cell.lesson is not None}
+        lessons = {key: cell.lesson for key, cell in (todo | along).items() if cell.lesson is not None}
         if self.recipe["peft"] != "none":
-            for source, key in {cell.source: cell.user.key for cell in stale if cell.user.key not in todo}.items():
+            for source, key in {cell.source: cell.user.key for cell in stale if cell.user.key not in lessons}.items():
                 cohort.load(key, source / "adapter")
         for key, lesson in lessons.items():
             start = todo[key].folder if lesson.warm else start_of(self.setting, self.recipe)
@@ -78,12 +95,22 @@ class Job:
                 cohort.load(key, start / "adapter")
 
         def finished(key: str) -> None:
+            if key in along:
+                return
             with new_folder(todo[key].folder / "adapter") as folder:
                 cohort.save(key, folder)
             todo[key].note("adapter")
 
+        for cell in stale:
+            sweep(cell.folder)
         if todo:
-            failed |= cohort.train(list(todo), finished, lessons)
+            keys = {cell.user.key: cell.keys["adapter"] for cell in (todo | along).values()}
+            checkpoint = Checkpoint(self.checkpoint, [keys.get(name) for name in cohort.adapters], rank, world)
+            found = cohort.train([key for key in cohort.users if key in lessons], finished, lessons, checkpoint)
+            failed |= {key: why for key, why in found.items() if key in todo}
+            checkpoint.delete()
+            for key, cell in along.items():
+                cohort.load(key, cell.folder / "adapter")
         waiting = [cell for cell in stale if cell.user.key not in failed and not cell.fresh("predictions")]
         predictions, more = cohort.predict([cell.user.key for cell in waiting])
         failed |= more
@@ -115,7 +142,8 @@ def run(
     values, names = read_json(recipe), [path.stem for path in histories]
     everyone = read_users(users) if users else names
     pool = pool_of(base_users, values)
-    job = Job(recipe.parent, values, read_json(base), base.parent, pool, everyone, profiles)
+    checkpoint = checkpoint_of(stamp)
+    job = Job(recipe.parent, values, read_json(base), base.parent, pool, everyone, profiles, checkpoint)
     rank, _ = ranks.here()
     if rank:
         ranks.follow(stamp, lambda given: _given(job, [path for path in histories if path.stem in given]))
@@ -127,10 +155,13 @@ def run(
         asked = sum("predictions" in cell.stale for cell in stale)
         log.info("%s: %d users, %d to train, %d to predict", job.setting, len(names), trained, asked)
         _tell_warm(stale)
-        own = lead.share({cell.user.key: job.cost(cell) for cell in stale})
+        working = {cell.user.key: cell for cell in [*stale, *job.along(cells)]}
+        saved = kept_keys(checkpoint)
+        homes = {key: saved[known] for key, c in working.items() if (known := c.keys.get("adapter")) in saved}
+        own = lead.share({key: job.cost(cell) for key, cell in working.items()}, homes)
         if own:
             ranks.settle(rank, lead.world)
-            failed |= job.make([cell for cell in stale if cell.user.key in own])
+            failed |= job.make([cell for cell in cells if cell.user.key in own], rank, lead.world)
         failed |= lead.failures()
         if lead.lines and stale:
             cells, more = job.open(path for path in histories if path.stem not in failed)  # as other ranks left them
@@ -143,8 +174,7 @@ def _given(job: Job, histories: Sequence[Path]) -> dict[str, str]:
     rank, world = ranks.here()
     cells, failed = job.open(histories)
     ranks.settle(rank, world)
-    stale = [cell for cell in cells if cell.stale]
-    return failed | (job.make(stale) if stale else {})
+    return failed | (job.make(cells, rank, world) if any(cell.stale for cell in cells) else {})
 
 
 def _tell_warm(stale: Sequence[Cell]) -> None:
@@ -165,6 +195,7 @@ def _finish(
     if failed:
         lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
         raise InputError([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"])
+    shutil.rmtree(checkpoint_of(stamp), ignore_errors=True)
     files = {
         f"../users/{c.user.key}/{name}" for c in cells for e in c.record["artefacts"].values() for name in e["files"]
     }

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oppu.cells import damage, profile_of, read_record
-from oppu.files import digest, folder_digests, lock, new_folder, read_json, read_user, write_json
+from oppu.checkpoints import Checkpoint, checkpoint_of
+from oppu.files import digest, folder_digests, lock, new_folder, read_json, read_user, sweep, write_json
 from oppu.keys import adapter_key
 from oppu.records import InputError
 
@@ -36,16 +37,19 @@ def run(
         if entry is None or entry["key"] != key or damage(setting, {"adapter": entry}):
             from oppu.cohort import Cohort  # torch: seconds, so only when something is stale
 
+            sweep(setting)
             cohort = Cohort(values, manifest, base.parent, None, people)
+            checkpoint = Checkpoint(checkpoint_of(out), [key])
 
             def finished(adapter: str) -> None:
                 with new_folder(setting / "adapter") as folder:
                     cohort.save(adapter, folder)
 
             log.info("%s: one adapter for %d users", setting, len(people))
-            if failed := cohort.train([user.key for user in users], finished):
+            if failed := cohort.train([user.key for user in users], finished, checkpoint=checkpoint):
                 raise InputError([f"{setting}: {name}: {why}" for name, why in sorted(failed.items())])
             files = {f"adapter/{n}": known for n, known in folder_digests(setting / "adapter").items()}
             entry = {"key": key, "files": files}
             write_json(setting / "cell.json", {"users": len(people), "artefacts": {"adapter": entry}})
+            checkpoint.delete()
         write_json(out, {"files": ["cell.json", *sorted(entry["files"])], "key": key, "mended": mended})

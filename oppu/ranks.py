@@ -44,12 +44,16 @@ def here() -> tuple[int, int]:
     return (rank, world) if world > 1 else (0, 1)
 
 
-def share_out(costs: Mapping[str, float], ranks: int) -> list[list[str]]:
-    """Users by rank: the costliest first, each to the rank with least to do so far (longest processing time first)."""
+def share_out(costs: Mapping[str, float], ranks: int, homes: Mapping[str, int] | None = None) -> list[list[str]]:
+    """Users by rank: the costliest first, each to the rank with least to do so far (longest processing time first).
+
+    Those who have a rank already, in `homes`, come before all others and go there.
+    """
     shares: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
-    for user in sorted(costs, key=lambda u: (-costs[u], u)):
-        least = loads.index(min(loads))
+    fixed = {user: rank for user, rank in (homes or {}).items() if rank < ranks}
+    for user in sorted(costs, key=lambda u: (u not in fixed, -costs[u], u)):
+        least = fixed.get(user, loads.index(min(loads)))
         shares[least].append(user)
         loads[least] += costs[user]
     return shares
@@ -98,9 +102,9 @@ class Lead:
         self.lines: dict[int, Line] = {}
         self.children: dict[int, subprocess.Popen[bytes]] = {}
 
-    def share(self, costs: Mapping[str, float]) -> list[str]:
+    def share(self, costs: Mapping[str, float], homes: Mapping[str, int] | None = None) -> list[str]:
         """Tell every other rank its users; returns rank 0's own. Ranks that have none are told so, or never started."""
-        shares = share_out(costs, self.world)
+        shares = share_out(costs, self.world, homes)
         if self.spawns:
             self._spawn([rank for rank, users in enumerate(shares) if rank and users])
         if self.server is not None:

@@ -13,7 +13,7 @@ from oppu.keys import VERSIONS, versions
 from oppu.setting import CONTROLS, parse_augmentation, seeded
 from oppu.tasks import Task, tasks
 
-RUNTIME = {"tokens_per_batch"}
+RUNTIME = {"tokens_per_batch", "checkpoint_minutes"}
 START = {"start", "replay"}
 """Where personal training begins: no part of a recipe's `training`, nor of the key of what began at the start."""
 

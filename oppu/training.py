@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 from oppu.attention import attention_over, takes_blocks
 from oppu.bank import Bank
 from oppu.budget import Budget, checkpointed
+from oppu.checkpoints import Checkpoint
 from oppu.config import Training
 from oppu.models import head_at
 from oppu.packing import assemble
@@ -52,6 +53,7 @@ def train(
     progress: Progress | None = None,
     seeds: Sequence[int] | None = None,
     finished: Callable[[int], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Trained]:
     """Train user u's adapter on `examples[u]` by `plans[u]`, for all users of the bank.
 
@@ -59,7 +61,8 @@ def train(
     mean over that user's target tokens of the step. So a user's result depends on nobody else, up to rounding.
     A user whose loss or gradient is not finite ends with an error and the others go on; a user without a plan keeps
     the initial adapter. `seeds` (one per user) key dropout, and are needed only with it. `finished` is told each user
-    right after that user's last step, so that an adapter can be kept while the others go on.
+    right after that user's last step, so that an adapter can be kept while the others go on. With a `checkpoint`,
+    training goes on from it, and leaves one every `lora.checkpoint_minutes`.
     """
     if lora.lr is None or lora.weight_decay is None:
         raise ValueError("train: lora.lr or lora.weight_decay is unset; take them from Config.lora(task)")
@@ -74,12 +77,16 @@ def train(
     if not blocks:
         budget.tokens = min(budget.tokens, MASKED)
     parameters = [bank.parameter(user) for user in range(len(bank))]
-    optimisers = [AdamW([p], lr=lora.lr, weight_decay=lora.weight_decay) for p in parameters]
-    schedules = [
-        get_linear_schedule_with_warmup(optimiser, warmup_steps(lora, len(steps)), len(steps))
-        for optimiser, steps in zip(optimisers, plans, strict=True)
+    optimisers = [
+        AdamW([{"params": [p], "initial_lr": lora.lr}], lr=lora.lr, weight_decay=lora.weight_decay) for p in parameters
     ]
     done = [0] * len(bank)
+    if checkpoint is not None:
+        done = checkpoint.resume(bank, optimisers, budget if lora.tokens_per_batch is None else None)
+    schedules = [
+        get_linear_schedule_with_warmup(optimiser, warmup_steps(lora, len(steps)), len(steps), last_epoch=before - 1)
+        for optimiser, steps, before in zip(optimisers, plans, done, strict=True)
+    ]
     losses: list[float | None] = [None] * len(bank)
     errors: dict[int, Exception] = {}
     chunks: dict[int, Chunk] = {}  # every unfinished user's next step
@@ -120,6 +127,8 @@ def train(
             tokens += sum(map(len, chunk.examples))
         if progress is not None:
             progress(sum(done), total, tokens)
+        if checkpoint is not None:
+            checkpoint.keep(lora.checkpoint_minutes, bank, optimisers, done, todo, budget)
     return [Trained(done[user], losses[user], errors.get(user)) for user in range(len(bank))]
 
 

@@ -111,3 +111,10 @@ def test_one_process_needs_no_socket(tmp_path: Path) -> None:
     with ranks.leading(tmp_path / "000.json", 1) as lead:
         assert lead.share({"u-b": 1.0, "u-a": 1.0}) == ["u-a", "u-b"]
         assert lead.failures() == {}
+
+
+def test_users_with_a_checkpoint_go_to_its_rank() -> None:
+    costs = {"a": 9.0, "b": 1.0, "c": 1.0, "d": 1.0}
+    assert ranks.share_out(costs, 2) == [["a"], ["b", "c", "d"]]
+    assert ranks.share_out(costs, 2, {"b": 0, "a": 1}) == [["b", "c", "d"], ["a"]]
+    assert ranks.share_out(costs, 2, {"b": 7}) == ranks.share_out(costs, 2), "a rank that there is no more"

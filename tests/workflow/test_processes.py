@@ -16,7 +16,8 @@ import pytest
 from safetensors.torch import load_file
 
 from oppu import ranks
-from oppu.files import read_json
+from oppu.checkpoints import kept
+from oppu.files import read_json, write_json
 from oppu.job import Job
 from tests.workflow.project import TEST_USERS, Project
 
@@ -79,7 +80,7 @@ def shares(project: Project) -> list[list[str]]:
     """Who goes to which of two ranks while nothing is made."""
     setting, base = project.folder / SETTING, project.folder / "results/LaMP_2N/k0/base"
     recipe = read_json(setting / "recipe.json")
-    job = Job(setting, recipe, read_json(base / "base.json"), base, None, project.users(), None)
+    job = Job(setting, recipe, read_json(base / "base.json"), base, None, project.users(), None, setting / "none")
     opened, failed = job.open(histories(project))
     assert not failed
     return ranks.share_out({cell.user.key: job.cost(cell) for cell in opened}, 2)
@@ -197,6 +198,31 @@ def test_a_rank_that_is_killed(project: Project, alone: Project, dies: str) -> N
     assert done.returncode == 0, done.stderr
     assert_same_cells(project, alone, project.users())
     assert all((users / u / "adapter/adapter_model.safetensors").stat().st_mtime_ns == at for u, at in kept.items())
+
+
+def test_killed_ranks_go_on_from_their_own_checkpoints_to_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    recipe = project.folder / SETTING / "recipe.json"
+    values = read_json(recipe)
+    values["runtime"]["training"]["checkpoint_minutes"] = 0
+    values["training"]["epochs"] = 6
+    write_json(recipe, values)
+    whole = project.copy(tmp_path / "whole")
+    done = cells(whole, "--processes=2")
+    assert done.returncode == 0, done.stderr
+    path, deadline = project.folder / SETTING / "cohorts/000.checkpoint", time.monotonic() + 300
+    run = subprocess.Popen(
+        command(project, "--processes=2"), cwd=project.folder, env=project.environment(), start_new_session=True
+    )
+    while kept(path).keys() != {0, 1}:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    done = cells(project, "--processes=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 of 2 adapters go on, ") == 2
+    assert project.cells() == whole.cells() and len(whole.cells()) == TEST_USERS
+    assert not path.exists()
 
 
 def test_the_rule_takes_processes_from_the_profile(project: Project, alone: Project) -> None:
