@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from oppu import ranks
+from oppu import devices, ranks
 from oppu.cells import Cell, borrowed, open_cell, pool_of, source_of, start_of
 from oppu.config import CONTROLS
 from oppu.files import digest, held, new_folder, read_json, read_user, read_users, write_bytes, write_json
@@ -116,7 +116,7 @@ def run(
     everyone = read_users(users) if users else names
     pool = pool_of(base_users, values)
     job = Job(recipe.parent, values, read_json(base), base.parent, pool, everyone, profiles)
-    rank, _ = ranks.here()
+    rank, launched = ranks.here()
     if rank:
         ranks.follow(stamp, lambda given: _given(job, [path for path in histories if path.stem in given]))
         return
@@ -126,6 +126,8 @@ def run(
         trained = sum("adapter" in cell.stale for cell in stale)
         log.info("%s: %d users, %d to train, %d to predict", job.setting, len(names), trained, len(stale))
         _tell_warm(stale)
+        if stale and launched == 1:  # a launcher has shared its GPUs out already
+            devices.take()
         own = lead.share({cell.user.key: job.cost(cell) for cell in stale})
         if own:
             ranks.settle(rank, lead.world)

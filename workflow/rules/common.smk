@@ -1,14 +1,13 @@
 import hashlib
 import json
 import os
-import shutil
 from functools import lru_cache
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from oppu import config as settings
-from oppu import recipe
+from oppu import devices, recipe
 from oppu.records import InputError
 
 validate(config, workflow.source_path("../schemas/config.schema.json"), set_default=False)
@@ -23,8 +22,12 @@ TASKS = CONFIG.tasks
 SETTINGS = ["/".join(setting) for setting in CONFIG.settings]
 AUGMENTATIONS = sorted({augmentation for augmentation, *_ in CONFIG.settings})
 
-# Jobs that load a model take the machine's GPU where it has one; the default profile has one to give at a time.
-GPU = int(shutil.which("nvidia-smi") is not None)
+# Jobs that load a model take a GPU each where there are any. As many run at once as there are GPUs here, unless
+# `--resources gpu=…` says otherwise, or a cluster runs the jobs.
+GPUS = len(devices.visible())
+GPU = min(GPUS, 1)
+if GPUS and "gpu" not in workflow.global_resources and workflow.nodes is None:
+    workflow.register_resource("gpu", GPUS)
 
 TASK = f"{RESULTS}/{{task}}"
 SPLIT = f"{TASK}/split"
