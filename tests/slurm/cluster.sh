@@ -56,8 +56,8 @@ JobAcctGatherParams=OverMemoryKill
 # None of sacct, sacctmgr and sshare works here.
 AccountingStorageType=accounting_storage/none
 GresTypes=gpu
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(port) CPUs=8 RealMemory=100000 Gres=gpu:2
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(port) CPUs=8 RealMemory=100000 Gres=gpu:2
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(port) CPUs=8 RealMemory=500000 Gres=gpu:2
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(port) CPUs=8 RealMemory=500000 Gres=gpu:2
 PartitionName=small Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 PartitionName=gpus Nodes=n1,n2 MaxTime=INFINITE State=UP
 CONF
