@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -68,7 +69,7 @@ def uses(processes: list[subprocess.Popen[str]]) -> list[tuple[str | None, float
 def assert_alone(found: list[tuple[str | None, float, float]]) -> None:
     for name in {name for name, *_ in found}:
         times = sorted((begin, end) for other, begin, end in found if other == name)
-        assert all(end <= begin for (_, end), (begin, _) in zip(times, times[1:], strict=False)), (name, times)
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(times)), (name, times)
 
 
 def test_four_jobs_at_once_see_one_of_two_gpus_each_and_never_the_same(gpus: list[str]) -> None:
@@ -148,5 +149,7 @@ def test_a_workflow_runs_as_many_jobs_at_once_as_there_are_gpus(tmp_path: Path, 
     assert len(taken) == TEST_USERS and all(len(names) == 1 and names[0] in gpus for names in taken), taken
     project.config |= {"users_per_job": 100, "seed": 1}
     project.forget_logs()
-    text = project.run("--set-resources", "cells:gpu=2", "cells:processes=2", "--", "results/LaMP_2N/k0/lora/full/cohorts/000.json")
+    text = project.run(
+        "--set-resources", "cells:gpu=2", "cells:processes=2", "--", "results/LaMP_2N/k0/lora/full/cohorts/000.json"
+    )
     assert f"GPUs of this job: {','.join(gpus)}" in project.logs() and "rank 1 of 2: 2 users" in project.logs()

@@ -30,7 +30,9 @@ sys.meta_path.insert(0, Block())
 
 
 def pins(lines: list[str]) -> dict[str, str]:
-    found = [re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)", line.strip()) for line in lines if line.strip()[:1] not in ("#", "")]
+    found = [
+        re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)", line.strip()) for line in lines if line.strip()[:1] not in ("#", "")
+    ]
     assert all(found), lines
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
@@ -63,12 +65,16 @@ def test_the_light_environment_has_no_torch_and_lies_in_the_other() -> None:
 def test_the_light_rules_run_with_what_their_environment_has(tmp_path: Path) -> None:
     """Everything else is blocked, in the jobs only: Snakemake itself is not part of the environments."""
     environment_of = re.compile(r"^(?:rule|checkpoint) (\w+):.*?envs/(\w+)\.yaml", re.M | re.S)
-    rules = [pair for path in (ROOT / "workflow/rules").glob("*.smk") for pair in environment_of.findall(path.read_text())]
+    rules = [
+        pair for path in (ROOT / "workflow/rules").glob("*.smk") for pair in environment_of.findall(path.read_text())
+    ]
     light = {rule for rule, name in rules if name == "light"}
     assert {"split", "score", "tables", "statistics"} <= light and not {"cells", "base", "tune"} & light
     project = Project.make(tmp_path / "project", augmentations=["k0"], peft=["none"])
     own = environment("light")
-    others = [m for m, dists in packages_distributions().items() if not {canonicalize_name(d) for d in dists} & own.keys()]
+    others = [
+        m for m, dists in packages_distributions().items() if not {canonicalize_name(d) for d in dists} & own.keys()
+    ]
     blocked = sorted({*others} - {"oppu", "_distutils_hack", "distutils-precedence", "setuptools", "pkg_resources"})
     assert {"torch", "transformers", "snakemake", "dvc"} <= set(blocked)
     block = tmp_path / "block"

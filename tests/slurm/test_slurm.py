@@ -1,6 +1,6 @@
 """The workflow on a real Slurm of two nodes, through the shipped profile: jobs that are killed are run again.
 
-Runs where Slurm is installed, or may be (OPPU_TEST_SLURM=install, as root on Debian); is skipped with a reason elsewhere.
+Runs where Slurm is installed or may be (OPPU_TEST_SLURM=install, root, Debian); says elsewhere that it was skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def call(*command: object, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment variables under which Snakemake finds the cluster and its plugin, which is not installed otherwise."""
+    """Environment variables under which Snakemake finds the cluster, and the plugin that nothing else should find."""
     installed = all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch")))
     if os.getuid() != 0:
         pytest.skip("SLURM IS NOT TESTED: starting one needs root")
@@ -86,7 +86,9 @@ class OnSlurm(Project):
         """What Slurm knows about the jobs of a rule, oldest first."""
         text = call("scontrol", "show", "job", "--oneliner", "--details", **self.variables)
         found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines()]
-        return sorted((j for j in found if j.get("Comment", "").startswith(f"rule_{rule}_")), key=lambda j: int(j["JobId"]))
+        return sorted(
+            (j for j in found if j.get("Comment", "").startswith(f"rule_{rule}_")), key=lambda j: int(j["JobId"])
+        )
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,9 @@ def test_a_cancelled_job_and_one_whose_node_died_are_run_again(project: OnSlurm)
     again = [job for job in states.values() if job["JobState"] == "COMPLETED"]
     assert len(again) == 2 and {job["NodeList"] for job in again} == {"n1", "n2"} - {lost["NodeList"]}
     # Each of these asked for what the profile says, the second time, and was shown one GPU.
-    assert {(job["Partition"], job["MinMemoryNode"], job["TimeLimit"]) for job in again} == {("gpus", "62.50G", "1-00:00:00")}
+    assert {(job["Partition"], job["MinMemoryNode"], job["TimeLimit"]) for job in again} == {
+        ("gpus", "62.50G", "1-00:00:00")
+    }
     assert {job["Partition"] for job in project.jobs("score")} == {"small"}
     logs = [path.read_text() for path in (project.folder / "results/logs/LaMP_2N/k0/lora/full").glob("0*.log")]
     seen = [re.findall(r"GPUs of this job: (\S+)", text) for text in logs]
