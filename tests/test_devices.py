@@ -95,7 +95,8 @@ def test_a_killed_job_lets_go_of_its_gpu(gpus: list[str]) -> None:
 def test_a_gpu_is_free_only_when_the_processes_that_inherited_it_have_ended(gpus: list[str]) -> None:
     parent = (
         "import subprocess, sys; from oppu import devices; devices.take(2); "
-        "child = subprocess.Popen(['sleep', '600'], pass_fds=devices.held()); print(child.pid, flush=True)"
+        "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, pass_fds=devices.held()); "
+        "print(child.pid, flush=True)"
     )
     done = subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, check=True)
     waiting = job(1, 0)
