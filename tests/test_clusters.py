@@ -28,7 +28,6 @@ def resources(profile: dict[str, object], key: str) -> dict[str, str]:
 
 def test_without_variables_slurm_is_told_no_account_and_no_partition() -> None:
     profile = slurm_profile()
-    assert profile["slurm-no-account"] == "True"
     assert resources(profile, "default-resources") == {"mem_mb": "4000 * attempt", "runtime": "60"}
     cells = {name: value for name, value in resources(profile, "set-resources").items() if name.startswith("cells:")}
     expected = {"mem_mb": "32000 * attempt", "runtime": "1440", "gpu": "1", "processes": "1"}
@@ -41,7 +40,6 @@ def test_variables_give_account_partitions_gpus_memory_and_time(monkeypatch: pyt
     for name, value in given.items():
         monkeypatch.setenv(f"OPPU_SLURM_{name}", value)
     profile = slurm_profile()
-    assert "slurm-no-account" not in profile
     asked = resources(profile, "default-resources")
     assert (asked["slurm_account"], asked["slurm_partition"]) == ("'0123'", "'small'")
     more = resources(profile, "set-resources")

@@ -3,8 +3,8 @@
 #   tests/slurm/cluster.sh install          Debian's packages
 #   tests/slurm/cluster.sh start FOLDER     munged, slurmctld and two slurmd; everything of theirs lies in FOLDER
 #   tests/slurm/cluster.sh stop FOLDER      ends them, and every job
-# Clients find it by SLURM_CONF=FOLDER/slurm.conf. Nodes claim more CPUs and memory than there are, and two GPUs each
-# that do not exist, so that jobs are queued as on a real cluster.
+# Clients find it by a link, /etc/slurm/slurm.conf; where a file is there already, nothing is started. Nodes claim more
+# CPUs and memory than there are, and two GPUs each that do not exist.
 set -euo pipefail
 
 install() {
@@ -64,9 +64,17 @@ CONF
     printf 'Name=gpu File=%s\n' /dev/null /dev/zero > "$1/gres.conf"  # any two devices
 }
 
+LINK=/etc/slurm/slurm.conf # Snakemake's plugin takes SLURM_CONF out of the environment of jobs
+
 start() {
-    export SLURM_CONF=$1/slurm.conf
+    if [ -e $LINK ]; then
+        echo "$LINK is there: this machine has a Slurm of its own" >&2
+        return 1
+    fi
     configure "$1"
+    mkdir -p "$(dirname $LINK)"
+    ln -sfn "$1/slurm.conf" $LINK
+    export SLURM_CONF=$1/slurm.conf
     munged --force --socket="$1/munge.socket" --key-file="$1/munge.key" --pid-file="$1/munge.pid" \
         --log-file="$1/munge.log" --seed-file="$1/munge.seed" --num-threads=2
     slurmctld
@@ -88,6 +96,7 @@ stop() {
     for daemon in n1/slurmd n2/slurmd slurmctld munge; do
         [ -f "$1/$daemon.pid" ] && kill "$(cat "$1/$daemon.pid")" 2> /dev/null || true
     done
+    [ "$(readlink $LINK)" = "$1/slurm.conf" ] && rm $LINK
 }
 
 case ${1-} in

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "tests/slurm/cluster.sh"
 SETTING = "results/LaMP_2N/k0/lora/full"
 PROFILE = ["--profile", "workflow/profiles/slurm"]
+FIRST = 500
+"""MB that jobs of training ask for first; they need more."""
 # One thread a job, for the machine has fewer cores than the nodes claim.
 ONE_THREAD = ["--set-threads", "base=1", "cells=1"]
 
@@ -55,7 +57,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         pytest.skip(f"SLURM IS NOT TESTED: no plugin: {done.stderr.strip()[-300:]}")
     call(CLUSTER, "start", folder)
     path = os.pathsep.join([str(ROOT), str(folder / "plugin")])
-    yield {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": path, "OPPU_SLURM_CHECK_SECONDS": "2"}
+    yield {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": path, "OPPU_SLURM_CHECK_SECONDS": "5"}
     call(CLUSTER, "stop", folder)
 
 
@@ -109,11 +111,11 @@ def wait(what: Callable[[], object], run: subprocess.Popen[str], seconds: float 
 
 def test_a_job_above_its_memory_gets_more(project: OnSlurm) -> None:
     """The base needs more than it asks for first, and less than it asks for last."""
-    project.variables |= {"OPPU_SLURM_MEM_MB": "400"}
+    project.variables |= {"OPPU_SLURM_MEM_MB": str(FIRST)}
     project.run(*ONE_THREAD, "--", "results/LaMP_2N/k0/base/base.json")
     jobs = project.jobs("base")
     assert [job["JobState"] for job in jobs] == ["FAILED"] * (len(jobs) - 1) + ["COMPLETED"] and len(jobs) > 1
-    assert [job["MinMemoryNode"] for job in jobs] == [f"{400 * n}M" for n in range(1, len(jobs) + 1)]
+    assert [job["MinMemoryNode"] for job in jobs] == [f"{FIRST * n}M" for n in range(1, len(jobs) + 1)]
     log = next((project.folder / ".snakemake/slurm_logs/rule_base").rglob(f"{jobs[0]['JobId']}.log"))
     assert "exceeded memory limit" in log.read_text()
     del project.variables["OPPU_SLURM_MEM_MB"]
