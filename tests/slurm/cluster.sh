@@ -67,9 +67,9 @@ CONF
 LINK=/etc/slurm/slurm.conf # Snakemake's plugin takes SLURM_CONF out of the environment of jobs
 
 start() {
-    if [ -e $LINK ]; then
+    if [ -e $LINK ] && { ! [ -L $LINK ] || scontrol ping > /dev/null 2>&1; }; then
         echo "$LINK is there: this machine has a Slurm of its own" >&2
-        return 1
+        exit 3
     fi
     configure "$1"
     mkdir -p "$(dirname $LINK)"
