@@ -130,6 +130,9 @@ def test_a_cancelled_job_and_one_whose_node_died_are_run_again(project: OnSlurm)
     run = project.start(*ONE_THREAD)
 
     def running() -> list[dict[str, str]]:
+        "The two jobs of rule cells, once both have users to train."
+        if project.logs().count(" to train, ") < 2:
+            return []
         return [job for job in project.jobs("cells") if job["JobState"] == "RUNNING"]
 
     cancelled, lost = wait(lambda: jobs if len(jobs := running()) == 2 else [], run)
