@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oppu import devices
 from oppu.cells import pool_of
 from oppu.checkpoints import Checkpoint, checkpoint_of
 from oppu.files import file_digest, folder_digests, lock, new_folder, read_base, read_json, sweep, write_json
@@ -109,6 +110,7 @@ def _train(
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
     """Train the task LoRA: the same trainer as for personal adapters, with the base as its only user."""
+    devices.take()
     from accelerate import Accelerator  # torch: seconds, so only when something is stale
 
     from oppu.bank import LoraBank, save_adapter

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,13 @@ log = logging.getLogger("oppu")
 
 
 @app.callback()
-def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="more log lines")] = False) -> None:
+def _setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="more log lines")] = False,
+    gpus: Annotated[
+        int, typer.Option(min=0, envvar="OPPU_GPUS", help="take so many free GPUs and hide the others; 0: see all")
+    ] = 0,
+) -> None:
+    os.environ["OPPU_GPUS"] = str(gpus)
     log_to_stderr(logging.DEBUG if verbose else logging.INFO)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ def _told(error: Exception) -> str | None:
 
 def read(arguments: list[str]) -> tuple[Callable[..., None], dict[str, Any]] | None:
     """The function and its values that a lean command line names; None where it is for oppu/cli.py."""
+    if arguments[:1] == ["--gpus"] and arguments[1:2] and arguments[1].isdigit():
+        os.environ["OPPU_GPUS"], arguments = arguments[1], arguments[2:]
     if not arguments or arguments[0] not in LEAN:
         return None
     lean, function = LEAN[arguments[0]]()

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from oppu import ranks
+from oppu import devices, ranks
 from oppu.cells import Cell, borrowed, open_cell, pool_of, source_of, start_of
 from oppu.checkpoints import Checkpoint, checkpoint_of, kept_keys
 from oppu.files import digest, held, new_folder, read_json, read_user, read_users, sweep, write_bytes, write_json
@@ -144,7 +144,7 @@ def run(
     pool = pool_of(base_users, values)
     checkpoint = checkpoint_of(stamp)
     job = Job(recipe.parent, values, read_json(base), base.parent, pool, everyone, profiles, checkpoint)
-    rank, _ = ranks.here()
+    rank, launched = ranks.here()
     if rank:
         ranks.follow(stamp, lambda given: _given(job, [path for path in histories if path.stem in given]))
         return
@@ -155,6 +155,8 @@ def run(
         asked = sum("predictions" in cell.stale for cell in stale)
         log.info("%s: %d users, %d to train, %d to predict", job.setting, len(names), trained, asked)
         _tell_warm(stale)
+        if stale and launched == 1:  # a launcher has shared its GPUs out already
+            devices.take()
         working = {cell.user.key: cell for cell in [*stale, *job.along(cells)]}
         saved = kept_keys(checkpoint)
         homes = {key: saved[known] for key, c in working.items() if (known := c.keys.get("adapter")) in saved}

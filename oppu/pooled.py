@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from oppu import devices
 from oppu.cells import damage, profile_of, read_record
 from oppu.checkpoints import Checkpoint, checkpoint_of
 from oppu.files import digest, folder_digests, lock, new_folder, read_json, read_user, sweep, write_json
@@ -35,6 +36,7 @@ def run(
     with lock(setting / ".pooled.lock", f"pooled adapter {setting}"):
         entry = read_record(setting).get("artefacts", {}).get("adapter")
         if entry is None or entry["key"] != key or damage(setting, {"adapter": entry}):
+            devices.take()
             from oppu.cohort import Cohort  # torch: seconds, so only when something is stale
 
             sweep(setting)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from oppu import devices
 from oppu.base import model_files
 from oppu.files import file_digest, held, lock, read_base, read_json, read_user, write_if_changed, write_json
 from oppu.keys import profile_key
@@ -165,6 +166,7 @@ def _texts(recipe: dict[str, Any], users: Sequence[User], failed: dict[str, str]
     yield counted
     if not asked:
         return
+    devices.take()
     from oppu.llm_profiles import Writer  # torch and transformers: seconds, so only when a model must write
 
     writer, prompts = Writer(recipe), {}

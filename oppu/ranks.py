@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from oppu import devices
 from oppu.files import digest
 from oppu.records import InputError
 
@@ -134,7 +135,7 @@ class Lead:
         command = [sys.executable, *sys.orig_argv[1:]]
         for rank in ranks:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.children[rank] = subprocess.Popen(command, env=os.environ | world | own)
+            self.children[rank] = subprocess.Popen(command, env=os.environ | world | own, pass_fds=devices.held())
 
     def _accept(self, ranks: list[int]) -> None:
         """Wait until these ranks are there, or have ended already."""

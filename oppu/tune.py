@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 
+from oppu import devices
 from oppu.cells import pool_of
 from oppu.files import read_json, read_user, write_bytes
 from oppu.profiles import profile_of
@@ -43,6 +44,7 @@ def run(
     people = [(user, profile_of(values, user, profiles), Counter[str]()) for user in users]
     golds, pool = read_queries(queries), pool_of(base_users, values)
     rows: list[dict[str, Any]] = []
+    devices.take()
     for lr, count in [(0.0, 0), *itertools.product(lrs, epochs)]:
         from oppu.cohort import Cohort
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import typer
 
@@ -30,10 +32,13 @@ def test_what_it_cannot_read_is_left_to_the_full_command_line(arguments: list[st
     assert command.read(arguments) is None
 
 
-def test_it_reads_what_the_rules_write() -> None:
-    line = "cells s.json --recipe r --base b --base-users u --users e --profiles p --mended - --processes 2 h1 h2"
+def test_it_reads_what_the_rules_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPPU_GPUS", "0")
+    line = (
+        "--gpus 3 cells s.json --recipe r --base b --base-users u --users e --profiles p --mended - --processes 2 h1 h2"
+    )
     found = command.read(line.split())
-    assert found is not None
+    assert found is not None and os.environ["OPPU_GPUS"] == "3"
     values = {name: value for name, value in found[1].items() if name in ("mended", "processes")}
     assert values == {"mended": "-", "processes": 2}
     assert [str(path) for path in found[1]["histories"]] == ["h1", "h2"]

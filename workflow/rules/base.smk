@@ -3,8 +3,9 @@ rule base_recipe:
         f"{BASE}/recipe.json",
     log:
         f"{LOGS}/{{task}}/{{augmentation}}/base_recipe.log",
+    localrule: True
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         recipe=lambda w: as_json(recipe.base_recipe(CONFIG, w.task, w.augmentation)),
     shell:
@@ -34,5 +35,6 @@ rule base:
         mended=lambda w: mended(f"{BASE}/base.json".format(**w)),
         profiles=lambda w: PROFILES.format(**w),
     shell:
-        "oppu base {output:q} --recipe {input.recipe:q} --base-users {input.users:q} --mended {params.mended:q}"
+        "oppu --gpus {resources.gpu} base {output:q}"
+        " --recipe {input.recipe:q} --base-users {input.users:q} --mended {params.mended:q}"
         " --profiles {params.profiles:q} > {log:q} 2>&1"

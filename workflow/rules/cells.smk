@@ -4,8 +4,9 @@ rule recipe:
         f"{SETTING}/recipe.json",
     log:
         f"{LOGS}/{{task}}/{{augmentation}}/{{peft}}/{{history}}/recipe.log",
+    localrule: True
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         recipe=lambda w: as_json(recipe.cell_recipe(CONFIG, w.task, w.augmentation, w.peft, w.history)),
     shell:
@@ -40,7 +41,8 @@ rule cells:
         mended=lambda w: mended(f"{SETTING}/cohorts/{{cohort}}.json".format(**w)),
         profiles=lambda w: PROFILES.format(**w),
     shell:
-        "oppu cells {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {params.base_users:q}"
+        "oppu --gpus {resources.gpu} cells {output:q}"
+        " --recipe {input.recipe:q} --base {input.base:q} --base-users {params.base_users:q}"
         " --users {params.users:q} --profiles {params.profiles:q} --mended {params.mended:q}"
         " --processes {resources.processes} {input.histories:q} > {log:q} 2>&1"
 
@@ -68,7 +70,8 @@ rule pooled:
         mended=lambda w: mended(f"{TASK}/{{augmentation}}/pooled/{{history}}/pooled.json".format(**w)),
         profiles=lambda w: PROFILES.format(**w),
     shell:
-        "oppu pooled {output:q} --recipe {input.recipe:q} --base {input.base:q} --profiles {params.profiles:q}"
+        "oppu --gpus {resources.gpu} pooled {output:q}"
+        " --recipe {input.recipe:q} --base {input.base:q} --profiles {params.profiles:q}"
         " --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
 
 
@@ -86,7 +89,8 @@ rule cell:
         update(f"{SETTING}/users/{{user}}/predictions.jsonl"),
     log:
         f"{LOGS}/{{task}}/{{augmentation}}/{{peft}}/{{history}}/{{user}}.stamp.log",
+    localrule: True
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     shell:
         "touch -c {output:q} 2> {log:q}"

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import shutil
 import time
 from contextlib import suppress
 from functools import lru_cache
@@ -10,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from oppu import config as settings
-from oppu import keys, recipe
+from oppu import devices, keys, recipe
 from oppu.records import InputError
 from oppu.setting import parse_augmentation, seeded
 
@@ -26,8 +25,12 @@ TASKS = CONFIG.tasks
 SETTINGS = ["/".join(setting) for setting in CONFIG.settings]
 AUGMENTATIONS = sorted({augmentation for augmentation, *_ in CONFIG.settings})
 
-# Jobs that load a model take the machine's GPU where it has one; the default profile has one to give at a time.
-GPU = int(shutil.which("nvidia-smi") is not None)
+# Jobs that load a model take a GPU each where there are any. As many run at once as there are GPUs here, unless
+# `--resources gpu=…` says otherwise, or a cluster runs the jobs.
+GPUS = len(devices.visible())
+GPU = min(GPUS, 1)
+if GPUS and "gpu" not in workflow.global_resources and workflow.nodes is None:
+    workflow.register_resource("gpu", GPUS)
 
 # Jobs know their run by this, so that `oppu end-orphans` finds those that outlived it.
 os.environ["OPPU_RUN"] = str(os.getpid())

@@ -9,7 +9,7 @@ checkpoint split:
     log:
         f"{LOGS}/{{task}}/split.log",
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         settings=as_json(CONFIG.split.model_dump()),
         version=keys.VERSIONS["split"],
@@ -29,7 +29,7 @@ rule data:
     log:
         f"{LOGS}/data.log",
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         folders=lambda w: [f"{CONFIG.folder(task)}/{task}" for task in TASKS],
     shell:

@@ -6,7 +6,7 @@ rule fixtures_of:
     log:
         f"{LOGS}/{{task}}/fixtures.log",
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         folder=lambda w: f"{RESULTS}/fixtures",
     shell:

@@ -17,7 +17,7 @@ rule fetch:
         f"{LOGS}/{{task}}/lamp.log",
     localrule: True
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         data=lambda w: CONFIG.folder(w.task),
         mended=lambda w: mended(f"{RESULTS}/lamp/{w.task}.json"),

@@ -4,8 +4,9 @@ rule profile_recipe:
         f"{PROFILES}/recipe.json",
     log:
         f"{LOGS}/{{task}}/profiles/recipe.log",
+    localrule: True
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         recipe=lambda w: as_json(recipe.profile_recipe(CONFIG, w.task)),
     shell:
@@ -35,7 +36,8 @@ rule profiles:
         own=lambda w: f"{CONFIG.profiles.own}/{w.task}",
         mended=lambda w: mended(f"{PROFILES}/cohorts/{{cohort}}.json".format(**w)),
     shell:
-        "oppu profiles {output:q} --recipe {input.recipe:q} --own {params.own:q} --mended {params.mended:q}"
+        "oppu --gpus {resources.gpu} profiles {output:q}"
+        " --recipe {input.recipe:q} --own {params.own:q} --mended {params.mended:q}"
         " {input.histories:q} > {log:q} 2>&1"
 
 
@@ -60,5 +62,6 @@ rule base_profiles:
     params:
         mended=lambda w: mended(f"{PROFILES}/base.json".format(**w)),
     shell:
-        "oppu base-profiles {output:q} --recipe {input.recipe:q} --base-users {input.users:q}"
+        "oppu --gpus {resources.gpu} base-profiles {output:q}"
+        " --recipe {input.recipe:q} --base-users {input.users:q}"
         " --mended {params.mended:q} > {log:q} 2>&1"

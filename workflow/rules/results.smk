@@ -33,7 +33,7 @@ rule score:
     log:
         f"{LOGS}/{{task}}/{{augmentation}}/{{peft}}/{{history}}/score.log",
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         version=keys.SCORING,
     shell:
@@ -53,7 +53,7 @@ rule references:
     log:
         f"{LOGS}/{{task}}/references.log",
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     shell:
         "oppu references {output:q} --task {wildcards.task:q} --base-users {input.base:q} {input.histories:q}"
         " > {log:q} 2>&1"
@@ -77,7 +77,7 @@ rule tables:
     log:
         f"{LOGS}/tables.log",
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         bootstrap=CONFIG.bootstrap,
         seed=CONFIG.seed,
@@ -105,7 +105,7 @@ rule statistics:
     log:
         f"{LOGS}/{{task}}/statistics.log",
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         model=CONFIG.model.path,
         revision=[f"--revision={CONFIG.model.revision}"] if CONFIG.model.revision else [],
@@ -124,7 +124,7 @@ rule table5:
     log:
         f"{LOGS}/table5.log",
     conda:
-        "../../envs/oppu.yaml"
+        "../../envs/light.yaml"
     params:
         paper=lambda w, input: [f"--paper={path}" for path in input.paper],
     shell:
@@ -155,7 +155,8 @@ rule tune_setting:
         epochs=" ".join(map(str, CONFIG.tune.epochs)),
         profiles=lambda w: PROFILES.format(**w),
     shell:
-        "oppu tune {output:q} --recipe {input.recipe:q} --base {input.base:q} --base-users {input.base_users:q}"
+        "oppu --gpus {resources.gpu} tune {output:q}"
+        " --recipe {input.recipe:q} --base {input.base:q} --base-users {input.base_users:q}"
         " --queries {input.queries:q} --lr {params.lr:q} --epochs {params.epochs:q} --profiles {params.profiles:q}"
         " {input.histories:q} > {log:q} 2>&1"
 

@@ -1,0 +1,2 @@
+# Run by Snakemake in the folder of the workflow, once the environment has been made.
+python -m pip install --no-deps --editable .
