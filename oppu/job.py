@@ -16,7 +16,7 @@ from typing import Any
 from oppu import ranks
 from oppu.cells import Cell, borrowed, open_cell, pool_of, source_of, start_of
 from oppu.config import CONTROLS
-from oppu.files import digest, held, new_folder, read_json, read_user, read_users, write_bytes, write_json
+from oppu.files import digest, file_digest, held, new_folder, read_json, read_user, read_users, write_bytes, write_json
 from oppu.records import InputError, Item
 
 log = logging.getLogger(__name__)
@@ -164,8 +164,12 @@ def _finish(
     if failed:
         lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
         raise InputError([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"])
-    files = {
-        f"../users/{c.user.key}/{name}" for c in cells for e in c.record["artefacts"].values() for name in e["files"]
+    files: dict[str, str | None] = {
+        f"../users/{c.user.key}/{name}": None
+        for c in cells
+        for e in c.record["artefacts"].values()
+        for name in e["files"]
     }
-    files |= {f"../users/{c.user.key}/cell.json" for c in cells}
-    write_json(stamp, {"users": sorted(names), "files": sorted(files), "mended": mended})
+    # A record's sha256 tells when another version's cells were put there (dvc checkout).
+    files |= {f"../users/{c.user.key}/cell.json": file_digest(c.folder / "cell.json") for c in cells}
+    write_json(stamp, {"users": sorted(names), "files": files, "mended": mended})

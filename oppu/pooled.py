@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oppu.cells import damage, profile_of, read_record
-from oppu.files import digest, folder_digests, lock, new_folder, read_json, read_user, write_json
+from oppu.files import digest, file_digest, folder_digests, lock, new_folder, read_json, read_user, write_json
 from oppu.recipe import adapter_key
 from oppu.records import InputError
 
@@ -48,4 +48,5 @@ def run(
             files = {f"adapter/{n}": known for n, known in folder_digests(setting / "adapter").items()}
             entry = {"key": key, "files": files}
             write_json(setting / "cell.json", {"users": len(people), "artefacts": {"adapter": entry}})
-        write_json(out, {"files": ["cell.json", *sorted(entry["files"])], "key": key, "mended": mended})
+        files = dict.fromkeys(entry["files"]) | {"cell.json": file_digest(setting / "cell.json")}
+        write_json(out, {"files": files, "key": key, "mended": mended})
