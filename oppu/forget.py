@@ -113,7 +113,7 @@ def _raw(folder: Path, users: Collection[str]) -> list[_Change]:
         gone: dict[str, int] = {}
         kept, ids = [], set()
         for record in _load(questions):
-            user = identifier(record.get("user_id"))
+            user = identifier(record.get("user_id")) if isinstance(record, dict) else None
             key = user_key(user) if user else None
             if key in users:
                 gone[str(key)] = gone.get(str(key), 0) + 1

@@ -142,14 +142,14 @@ def test_a_clone_pulls_and_recomputes_nothing(project: Recorded, tmp_path: Path)
     clone.dvc("pull")
     before = project.cells()
     assert clone.cells() == before
+    for place in (store, project.folder / ".dvc/cache", clone.folder / ".dvc/cache", clone.folder / "results"):
+        assert not any(path.stat().st_mode & 0o077 for path in place.rglob("*") if path.is_dir()), place
     clone.run()
     assert clone.made() == (0, 0), "no training, no prediction"
     assert "is fresh" in clone.logs() and " to make" in clone.logs()
     assert "0 profiles to make" in clone.logs() and not re.search(r"[1-9]\d* profiles to make", clone.logs())
     assert clone.cells() == before and clone.scores() == project.scores()
     assert "up to date" in clone.dvc("status") and not clone.call("git", "status", "--porcelain")
-    for place in (store, project.folder / ".dvc/cache", clone.folder / ".dvc/cache", clone.folder / "results"):
-        assert not any(path.stat().st_mode & 0o077 for path in place.rglob("*") if path.is_dir()), place
 
 
 def test_an_experiment_changes_what_depends_on_it_and_is_taken_back_without_training(project: Recorded) -> None:

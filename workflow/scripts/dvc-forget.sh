@@ -6,7 +6,7 @@ umask 077
 snakemake --cores all "$@"
 dvc repro
 dvc gc --workspace --force
-dvc remote list | while read -r name _; do
+for name in $(dvc remote list | awk '{print $1}'); do
     dvc gc --workspace --cloud --remote "$name" --force
     dvc push --remote "$name"
 done
