@@ -163,6 +163,32 @@ def gc(
 
 
 @app.command()
+def forget(
+    user: Annotated[list[str], typer.Argument(help="keys of the people to take out: u-…, see `oppu users`")],
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "--configfile", help="config files; default: config/config.yaml")
+    ] = None,
+) -> None:
+    """Take people out of the data and the results: their records in LaMP's files, and every file named after them.
+
+    What others were made from together with them, a base or a table, is made anew by the next `snakemake --cores all`.
+    Git and DVC keep older versions: docs/dvc.md says how to take a person out there.
+    """
+    from oppu.forget import forget as forget_users
+    from oppu.plan import read_config
+
+    found = forget_users(read_config(config or [Path("config/config.yaml")]), set(user))
+    for file, count in found.questions.items():
+        typer.echo(f"{file}: {count} questions taken out")
+    for path in found.paths:
+        typer.echo(f"{path}: deleted")
+    for task, count in found.moved.items():
+        typer.echo(f"{task}: lower split.test_users by {count}, or {count} others move up and everything is made anew")
+    for path in found.left:
+        typer.echo(f"{path}: the config does not name it, so it is not made anew; delete it if it may know them")
+
+
+@app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="base.json of a base, e.g. results/LaMP_2N/k0/base/base.json")],
     out: Annotated[Path, typer.Argument(help="folder to write the merged model to")],

@@ -17,7 +17,18 @@ from typing import Any
 from oppu import devices, ranks
 from oppu.cells import Cell, borrowed, open_cell, pool_of, source_of, start_of
 from oppu.checkpoints import Checkpoint, checkpoint_of, kept_keys
-from oppu.files import digest, held, new_folder, read_json, read_user, read_users, sweep, write_bytes, write_json
+from oppu.files import (
+    digest,
+    file_digest,
+    held,
+    new_folder,
+    read_json,
+    read_user,
+    read_users,
+    sweep,
+    write_bytes,
+    write_json,
+)
 from oppu.records import InputError, Item
 from oppu.setting import CONTROLS
 
@@ -198,8 +209,12 @@ def _finish(
         lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
         raise InputError([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"])
     shutil.rmtree(checkpoint_of(stamp), ignore_errors=True)
-    files = {
-        f"../users/{c.user.key}/{name}" for c in cells for e in c.record["artefacts"].values() for name in e["files"]
+    files: dict[str, str | None] = {
+        f"../users/{c.user.key}/{name}": None
+        for c in cells
+        for e in c.record["artefacts"].values()
+        for name in e["files"]
     }
-    files |= {f"../users/{c.user.key}/cell.json" for c in cells}
-    write_json(stamp, {"users": sorted(names), "files": sorted(files), "mended": mended})
+    # A record's sha256 tells when another version's cells were put there (dvc checkout).
+    files |= {f"../users/{c.user.key}/cell.json": file_digest(c.folder / "cell.json") for c in cells}
+    write_json(stamp, {"users": sorted(names), "files": files, "mended": mended})

@@ -14,7 +14,7 @@ from pathlib import Path
 from oppu import devices
 from oppu.cells import damage, profile_of, read_record
 from oppu.checkpoints import Checkpoint, checkpoint_of
-from oppu.files import digest, folder_digests, lock, new_folder, read_json, read_user, sweep, write_json
+from oppu.files import digest, file_digest, folder_digests, lock, new_folder, read_json, read_user, sweep, write_json
 from oppu.keys import adapter_key
 from oppu.records import InputError
 
@@ -54,4 +54,5 @@ def run(
             entry = {"key": key, "files": files}
             write_json(setting / "cell.json", {"users": len(people), "artefacts": {"adapter": entry}})
             checkpoint.delete()
-        write_json(out, {"files": ["cell.json", *sorted(entry["files"])], "key": key, "mended": mended})
+        vouched = dict.fromkeys(entry["files"]) | {"cell.json": file_digest(setting / "cell.json")}
+        write_json(out, {"files": vouched, "key": key, "mended": mended})

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from oppu.download import CHUNK, FILES, PLACES
 from tests.http_server import Site, lamp_site
-from tests.workflow.project import ROOT, Project
+from tests.workflow.project import Project
 
 NOTHING = "Nothing to be done"
 URL = "/LaMP_2/train/train_questions.json"
@@ -93,49 +90,3 @@ def test_files_put_there_by_hand_are_taken_as_they_are(site, tmp_path):
     records = json.loads(after.pop("sources.json"))
     assert after == before and set(records) == set(before)
     assert "checkpoint split" in project.run("-n", "results/LaMP_2N/split/users.json")
-
-
-def test_dvc_fetches_and_records_a_task_when_asked_and_never_otherwise(site, tmp_path):
-    project = bare(tmp_path / "project", "LaMP_2N")
-    project.command()  # writes the config
-    shutil.copy(ROOT / "data/dvc.yaml", project.folder / "data/dvc.yaml")
-    shutil.copy(ROOT / ".gitignore", project.folder)
-    main = {"stages": {"demo": {"cmd": "echo of the demo"}}}
-    (project.folder / "dvc.yaml").write_text(yaml.safe_dump(main))
-
-    def run(*command: str, ok: bool = True) -> str:
-        done = subprocess.run(
-            command, cwd=project.folder, env=project.environment(), capture_output=True, text=True, check=False
-        )
-        text = done.stdout + done.stderr
-        assert (done.returncode == 0) is ok, text + project.logs()
-        return text
-
-    dvc = (sys.executable, "-m", "dvc")
-    run("git", "init", "-q")
-    run(*dvc, "init", "-q")
-    run(*dvc, "config", "core.analytics", "false")
-    assert "demo" in run(*dvc, "repro")
-    assert site.asked == []
-
-    site.cut(URL, 2 * CHUNK)
-    site.fail(URL, 404)
-    run(*dvc, "repro", "data/dvc.yaml:lamp@LaMP_2N", ok=False)
-    site.asked = []
-    run(*dvc, "repro", "data/dvc.yaml:lamp@LaMP_2N")
-    assert site.asked == [(URL, f"bytes={2 * CHUNK}-")], "DVC keeps what is there to go on from"
-    before = raw(project, "LaMP_2N")
-    assert set(before) == {*FILES, "sources.json"}
-    assert "up to date" in run(*dvc, "repro", "data/dvc.yaml:lamp@LaMP_2N")
-    assert len(site.asked) == 1
-
-    (out,) = yaml.safe_load((project.folder / "data/dvc.lock").read_text())["stages"]["lamp@LaMP_2N"]["outs"]
-    assert (out["path"], out["nfiles"]) == ("data/raw/LaMP_2N", 5)
-    shutil.rmtree(project.folder / "data/raw")
-    run(*dvc, "checkout", "data/dvc.yaml:lamp@LaMP_2N")
-    assert raw(project, "LaMP_2N") == before
-
-
-def test_the_stages_of_dvc_are_the_tasks_that_can_be_fetched():
-    (stage,) = yaml.safe_load((ROOT / "data/dvc.yaml").read_text())["stages"].values()
-    assert set(stage["matrix"]["task"]) == set(PLACES)

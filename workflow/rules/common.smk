@@ -4,12 +4,14 @@ import os
 import time
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from oppu import config as settings
 from oppu import devices, keys, recipe
+from oppu.files import file_digest
 from oppu.records import InputError
 from oppu.setting import parse_augmentation, seeded
 
@@ -125,20 +127,32 @@ def profile_sources(task, augmentation, keys):
 def mended(stamp):
     """A value that changes when a file that a stamp vouches for is gone, so that a plain run brings its job back.
 
-    The job stores the value in its new stamp, so it stays the same until the next damage. (Files with other bytes are
-    found by `oppu verify`, and mended by `snakemake -R cells`.)
+    The job stores the value in its new stamp, so it stays the same until the next damage. A record (cell.json) that was
+    put in the place of the stamp's own since, as `dvc checkout` does, is damage too. (Files with other bytes are found
+    by `oppu verify`, and mended by `snakemake -R cells`.)
     """
     try:
+        made = os.stat(stamp).st_mtime_ns
         with open(stamp) as f:
             record = json.load(f)
     except FileNotFoundError:
         return "-"
     except ValueError:
         return "unreadable"
-    folder = os.path.dirname(stamp)
-    gone = sorted(name for name in record["files"] if not os.path.exists(os.path.join(folder, name)))
+    folder, files = os.path.dirname(stamp), record["files"]
+    sums = files if isinstance(files, dict) else dict.fromkeys(files)
+    gone = sorted(name for name, known in sums.items() if not stands(os.path.join(folder, name), made, known))
     before = record.get("mended", "-")
     return hashlib.sha256(json.dumps([before, gone]).encode()).hexdigest()[:16] if gone else before
+
+
+def stands(path, made, known):
+    "Whether a file is there and, where its sha256 is known and it is newer than its stamp, is still the same."
+    try:
+        newer = os.stat(path).st_mtime_ns > made
+    except OSError:
+        return False
+    return not (newer and known) or file_digest(Path(path)) == known
 
 
 def as_json(value):

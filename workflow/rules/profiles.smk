@@ -65,3 +65,12 @@ rule base_profiles:
         "oppu --gpus {resources.gpu} base-profiles {output:q}"
         " --recipe {input.recipe:q} --base-users {input.users:q}"
         " --mended {params.mended:q} > {log:q} 2>&1"
+
+
+# All profiles of a task as one target, for DVC.
+rule profiles_of:
+    input:
+        lambda w: [f"{RESULTS}/{w.task}/profiles/base.json", *cohorts(w.task, "profiles")],
+    output:
+        touch(f"{PROFILES}/all.txt"),
+    localrule: True

@@ -92,6 +92,21 @@ rule tables:
         " {params.paper:q} > {log:q} 2>&1"
 
 
+# A task's scores and intervals alone, for `dvc plots`: what another task changes (p_holm) is not in it.
+rule plot:
+    input:
+        TABLES[0],
+    output:
+        f"{TASK}/plot.csv",
+    log:
+        f"{LOGS}/{{task}}/plot.log",
+    conda:
+        "../../envs/oppu.yaml"
+    shell:
+        "awk -F, -v task={wildcards.task:q} 'NR == 1 || $1 == task' {input:q} 2> {log:q}"
+        " | cut -d, -f1-8 > {output:q} 2>> {log:q}"
+
+
 # What there is to learn from, per task: Table 5.
 rule statistics:
     input:
