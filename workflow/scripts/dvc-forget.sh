@@ -6,7 +6,7 @@ umask 077
 snakemake --cores all "$@"
 dvc repro
 dvc gc --workspace --force
-for name in $(dvc remote list | awk '{print $1}'); do
+for name in $(dvc config --list | sed -n 's/^remote\.\(.*\)\.url=.*/\1/p'); do
     dvc gc --workspace --cloud --remote "$name" --force
     dvc push --remote "$name"
 done
