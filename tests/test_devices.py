@@ -141,16 +141,15 @@ def test_the_parts_of_a_partitioned_gpu_are_gpus(tmp_path: Path, gpus: list[str]
 
 
 def test_a_workflow_runs_as_many_jobs_at_once_as_there_are_gpus(tmp_path: Path, gpus: list[str]) -> None:
-    """Cohorts of one user: four jobs of training, two GPUs; and one job with both, a process on each."""
+    """Cohorts of one user: four jobs of training, two GPUs; then one job with both GPUs, a process on each."""
+    setting = "results/LaMP_2N/k0/lora/full"
     project = Project.make(tmp_path / "project", augmentations=["k0"], peft=["lora"], users_per_job=1)
-    text = project.run("--cores", "4")
-    assert re.search(r"Provided resources: .*gpu=2", text)
-    logs = list((project.folder / "results/logs/LaMP_2N/k0/lora/full").glob("0*.log"))
-    taken = [re.findall(r"GPUs of this job: (\S+)", path.read_text()) for path in logs]
-    assert len(taken) == TEST_USERS and all(len(names) == 1 and names[0] in gpus for names in taken), taken
-    project.config |= {"users_per_job": 100, "seed": 1}
+    project.run("--cores", "4", "--", *[f"{setting}/cohorts/{number:03d}.json" for number in range(TEST_USERS)])
+    logs = [path.read_text() for path in (project.folder / "results/logs/LaMP_2N/k0/lora/full").glob("0*.log")]
+    taken = [re.findall(r"GPUs of this job: (\S+)", text) for text in logs]
+    assert len(taken) == TEST_USERS and {tuple(names) for names in taken} == {(name,) for name in gpus}, taken
+    assert not any("waiting for" in text for text in logs), "Snakemake starts no job that has no GPU"
+    project.config |= {"users_per_job": TEST_USERS, "seed": 1}
     project.forget_logs()
-    text = project.run(
-        "--set-resources", "cells:gpu=2", "cells:processes=2", "--", "results/LaMP_2N/k0/lora/full/cohorts/000.json"
-    )
+    project.run("--set-resources", "cells:gpu=2", "cells:processes=2", "--", f"{setting}/cohorts/000.json")
     assert f"GPUs of this job: {','.join(gpus)}" in project.logs() and "rank 1 of 2: 2 users" in project.logs()
