@@ -19,7 +19,7 @@ from oppu.records import InputError
 if TYPE_CHECKING:
     from oppu.config import Config
 
-OF_A_USER = re.compile(r"(?P<key>u-[0-9a-f]{12})(\.json|\.tsv|\.log|\.stamp\.log)?")
+OF_A_USER = re.compile(r"(?P<key>u-[0-9a-f]{12})(\.json|\.tsv|\.log|\.stamp\.log|\.checkpoint)?")
 """Names of what belongs to one user: a cell, a profile, a cohort of one, its logs. Any other name is left alone."""
 
 
