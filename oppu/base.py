@@ -42,6 +42,14 @@ def model_files(path: str, revision: str | None, convert: bool = False) -> dict[
     return {file.name: file_digest(file) for file in files}
 
 
+def models_of(recipe: dict[str, Any]) -> dict[str, str]:
+    """`model_files` of a recipe's model, and of its encoder where it retrieves with one."""
+    files = model_files(**recipe["runtime"]["model"])
+    if encoder := recipe["runtime"]["encoder"]:
+        files |= {f"encoder/{name}": known for name, known in model_files(encoder, None).items()}
+    return files
+
+
 def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: Path | None = None) -> None:
     """Bring a base up to date, then write `out`, a copy of its manifest; the command of rule `base`.
 
@@ -53,9 +61,7 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: 
     values = read_json(recipe)
     folder = out.parent
     with lock(folder / ".lock", f"base {folder}"):
-        model = model_files(**values["runtime"]["model"])
-        if encoder := values["runtime"]["encoder"]:
-            model |= {f"encoder/{name}": known for name, known in model_files(encoder, None).items()}
+        model = models_of(values)
         texts = base_profiles_of(values, profiles)
         key = base_key(values, model, file_digest(base_users), texts)
         manifest = _manifest(folder)
