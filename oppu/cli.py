@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -172,6 +173,20 @@ def status(
 
     found = states.status(read_config(_configs(config, more)))
     typer.echo(json.dumps(states.as_json(found), indent=1) if as_json else states.text_of(found))
+
+
+@app.command()
+def watch(folder: Annotated[Path, typer.Argument(help="results folder")] = Path("results")) -> None:
+    """Show what the jobs that run have done: users, steps, tokens per second, time left. Ctrl-C ends it.
+
+    Without a terminal it is printed once.
+    """
+    from oppu import progress
+
+    if sys.stdout.isatty():
+        progress.watch(folder)
+    else:
+        typer.echo(progress.text_of(progress.running(folder)))
 
 
 @app.command()
