@@ -1,9 +1,9 @@
 """What ran: provenance.json beside the tables, and the line below the text, markdown and HTML tables.
 
-Two kinds of facts, kept apart. `made_from` decides the tables' bytes: configuration, data, model, recipe versions. `run`
-only tells who wrote them: git commit, command, packages. That part is no input of any job, so another commit or command
-line makes nothing stale; and the file is written again only when `made_from` or a table changed, so that `run` is the
-run that first gave these very bytes.
+Two kinds of facts, kept apart. `made_from` decides the tables' bytes: configuration, data, model, recipe versions.
+`run` only tells who wrote them: git commit, command, packages. That part is no input of any job, so another commit or
+command makes nothing stale; and the file is written again only when `made_from` or a table changed, so that `run` is
+the run that first gave these very bytes.
 """
 
 from __future__ import annotations

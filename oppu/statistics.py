@@ -127,7 +127,7 @@ def write_table5(out: Path, files: Sequence[Path], paper: pl.DataFrame | None = 
 
 
 def run_table5(out: Path, files: Sequence[Path], paper: pl.DataFrame | None = None) -> None:
-    """`write_table5` from each results/{task}/statistics.json, with what it was made from beside (oppu/provenance.py)."""
+    """`write_table5` from each results/{task}/statistics.json, and what it was made from (oppu/provenance.py)."""
     made = {"data": {path.parent.name: provenance.data_of(path.parent / "split") for path in files}}
     record = out.with_suffix(".provenance.json")
     write_table5(out, files, paper, provenance.line_of(made, record))

@@ -51,7 +51,9 @@ class Made:
             for n in range(count):
                 fields = [{name: " ".join(draw.choices(WORDS, k=6)) for name in record.history} for _ in range(items)]
                 history = [{"id": str(i), **f, record.y: record.labels[0]} for i, f in enumerate(fields)]
-                asked = render(record.input, {name: " ".join(draw.choices(WORDS, k=6)) for name in fields_of(record.input)})
+                asked = render(
+                    record.input, {name: " ".join(draw.choices(WORDS, k=6)) for name in fields_of(record.input)}
+                )
                 person = {"id": f"{source}-{n}", "user_id": f"{source}{n}", "input": asked, "profile": history}
                 questions.append(person)
                 golds.append({"id": person["id"], "output": record.labels[0]})
@@ -81,21 +83,27 @@ class Made:
     def profiles(self) -> None:
         where = self.task / "profiles"
         write_json(where / "recipe.json", recipe.profile_recipe(self.config, "LaMP_2N"))
-        profile_records.run(where / "cohorts/000.json", where / "recipe.json", self.histories, self.folder / "own/LaMP_2N")
+        profile_records.run(
+            where / "cohorts/000.json", where / "recipe.json", self.histories, self.folder / "own/LaMP_2N"
+        )
         profile_records.run_base(where / "base.json", where / "recipe.json", self.task / "split/base.jsonl")
 
     def bases(self) -> None:
         for augmentation in {setting[0] for setting in self.config.settings}:
             where = self.task / augmentation / "base"
             write_json(where / "recipe.json", recipe.base_recipe(self.config, "LaMP_2N", augmentation))
-            base.run(where / "base.json", where / "recipe.json", self.task / "split/base.jsonl", "-", self.task / "profiles")
+            base.run(
+                where / "base.json", where / "recipe.json", self.task / "split/base.jsonl", "-", self.task / "profiles"
+            )
 
     def recipes(self) -> None:
         for setting in self.config.settings:
-            write_json(self.task.joinpath(*setting) / "recipe.json", recipe.cell_recipe(self.config, "LaMP_2N", *setting))
+            write_json(
+                self.task.joinpath(*setting) / "recipe.json", recipe.cell_recipe(self.config, "LaMP_2N", *setting)
+            )
 
     def cells(self) -> None:
-        for augmentation, peft, history in self.config.settings:
+        for augmentation, peft, history in sorted(self.config.settings, key=lambda setting: setting[1] == "swapped"):
             where, manifest = self.task / augmentation / peft / history, self.task / augmentation / "base/base.json"
             if peft == "pooled":
                 found = (where / "recipe.json", manifest, self.histories, "-", self.task / "profiles")

@@ -85,7 +85,9 @@ def test_a_record_says_users_speed_and_time_left_while_the_stage_runs(
 
 
 def test_a_killed_job_is_not_shown(tmp_path: Path) -> None:
-    code = STAGE.replace("None, 4", f"pathlib.Path({str(tmp_path)!r}), 4").replace("stage(done", "time.sleep(99);stage(done")
+    code = STAGE.replace("None, 4", f"pathlib.Path({str(tmp_path)!r}), 4").replace(
+        "stage(done", "time.sleep(99);stage(done"
+    )
     code = code.replace("if done % 5 == 0", "if True")
     job = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 30
@@ -101,7 +103,9 @@ def test_records_of_other_machines_count_as_long_as_there_is_news(tmp_path: Path
     (tmp_path / "progress").mkdir()
     record = {"host": socket.gethostname() + "-other", "pid": 1, "what": "x"}
     for name, seconds in (("new", 5), ("old", progress.SILENT + 5)):
-        (tmp_path / f"progress/{name}.json").write_text(json.dumps(record | {"time": time.time() - seconds, "what": name}))
+        (tmp_path / f"progress/{name}.json").write_text(
+            json.dumps(record | {"time": time.time() - seconds, "what": name})
+        )
     (tmp_path / "progress/cut.json").write_text("{")
     assert [found["what"] for found in running(tmp_path)] == ["new"]
 
@@ -118,5 +122,8 @@ def test_watch_follows_on_a_terminal_and_prints_once_without(tmp_path: Path) -> 
         stage(100, 400, 5000)
         command = [sys.executable, "-m", "oppu.cli", "watch", str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert done.stdout.startswith("LaMP_4/k1/lora/full training: 0 of 3 users, 100 of 400 steps") and "\x1b" not in done.stdout
+        assert (
+            done.stdout.startswith("LaMP_4/k1/lora/full training: 0 of 3 users, 100 of 400 steps")
+            and "\x1b" not in done.stdout
+        )
         assert "0 of 3 users" in on_terminal(*command, until=b"0 of 3 users")

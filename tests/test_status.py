@@ -84,9 +84,13 @@ CHANGES: dict[str, Callable[[Made], object]] = {
     "own profile": own_profile,
     "weights": weights,
     "touched weights": lambda made: (made.folder / "model/model.safetensors").touch(),
-    "a moved model": lambda made: made.values.update(model={"path": shutil.move(made.folder / "model", made.folder / "m")}),
+    "a moved model": lambda made: made.values.update(
+        model={"path": shutil.move(made.folder / "model", made.folder / "m")}
+    ),
     "a cell": lambda made: shutil.rmtree(made.task / "k0/none/full/users" / made.users[0]),
-    "an adapter": lambda made: (made.task / f"k1/lora/full/users/{made.users[1]}/adapter/adapter_model.safetensors").unlink(),
+    "an adapter": lambda made: (
+        made.task / f"k1/lora/full/users/{made.users[1]}/adapter/adapter_model.safetensors"
+    ).unlink(),
     "a cut record": lambda made: (made.task / f"k1/none/full/users/{made.users[1]}/cell.json").write_text("{"),
 }
 
