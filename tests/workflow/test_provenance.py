@@ -35,7 +35,9 @@ def test_tables_say_what_they_were_made_from_and_who_ran_them_makes_nothing_stal
     git(project.folder, "commit", "-qm", "one")
     project.run()
     first, before = record(project), tables(project)
-    assert first["run"]["command"][:3] == ["snakemake", "--cores", "2"] and first["run"]["commit"] == commit(project.folder)
+    assert first["run"]["command"][:3] == ["snakemake", "--cores", "2"] and first["run"]["commit"] == commit(
+        project.folder
+    )
     assert first["run"]["config"]["personal"]["lr"] == 3e-3
     assert {"python", "torch", "transformers", "peft", "snakemake"} <= first["run"]["packages"].keys()
     made = first["made_from"]
