@@ -219,6 +219,13 @@ class Cohort:
             return [(task.labels or [])[n] for n in chosen]
         seeds = [seed_of(self.recipe["seed"], task.name, key, "sampling", query.id) for key, query, _ in asked]
         return generate(
-            *(self.model, self.tokenizer, prompts, settings, answer_tokens),
-            **{"bank": self.bank, "users": users, "seeds": seeds, "progress": stage},
+            self.model,
+            self.tokenizer,
+            prompts,
+            settings,
+            answer_tokens,
+            bank=self.bank,
+            users=users,
+            seeds=seeds,
+            progress=stage,
         )

@@ -1,7 +1,7 @@
 """How far a job is: a bar where somebody watches, log lines where nobody does, and a small record for `oppu watch`.
 
-A record is results/progress/{host}-{process}.json, there while a stage runs. It says how many users, steps and tokens, and
-nothing of what users wrote. Nothing depends on it.
+A record is results/progress/{host}-{process}.json, there while a stage runs. It counts users, steps and tokens and
+holds nothing of what users wrote. Nothing depends on it.
 """
 
 from __future__ import annotations

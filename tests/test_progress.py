@@ -8,6 +8,7 @@ import pty
 import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ with Stage("LaMP_2N/k0/lora/full training", None, 4) as stage:
 def on_terminal(*command: str, until: bytes = b"") -> str:
     """What a command writes to a terminal; it is ended by SIGINT once it wrote `until`."""
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
     run = subprocess.Popen(command, cwd=ROOT, stdin=follower, stdout=follower, stderr=follower)
     os.close(follower)
     written = b""
