@@ -87,7 +87,8 @@ class Cohort:
         pool: Sequence[Item] | None,
         users: Sequence[tuple[User, str | None, Counter[str]]],
     ) -> None:
-        self.recipe, self.manifest, self.results = recipe, manifest, base.parent.parent.parent
+        self.recipe, self.manifest = recipe, manifest
+        self.results = base.parents[2] if base.name == "base" else None
         self.users = {user.key: (user, profile, counts) for user, profile, counts in users}
         self.adapters = [POOLED] if recipe["peft"] == "pooled" else list(self.users)
         self.row = {key: 0 if recipe["peft"] == "pooled" else n for n, key in enumerate(self.users)}
