@@ -30,14 +30,14 @@ RUN = "run.json"
 """In the results folder: what Snakemake was last started with there."""
 
 
-def note_run(results: Path, project: Path, command: Sequence[str], config: dict[str, Any]) -> None:
+def note_run(results: str | Path, project: str | Path, command: Sequence[str], config: dict[str, Any]) -> None:
     """Write run.json: the command, the commit of `project` and the whole configuration, of a run that begins."""
     name = Path(command[0]).name
     shown = ["snakemake" if name in ("__main__.py", "snakemake") else name, *command[1:]]
-    write_json(results / RUN, {"command": shown, "commit": commit(project), "config": config})
+    write_json(Path(results) / RUN, {"command": shown, "commit": commit(project), "config": config})
 
 
-def commit(project: Path) -> str | None:
+def commit(project: str | Path) -> str | None:
     """The git commit of a folder, with `-dirty` behind it where files differ from it; None outside of git."""
     command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
