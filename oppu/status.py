@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,9 +23,10 @@ from oppu.config import Config
 from oppu.failures import of_setting
 from oppu.files import digest, file_digest, read_base, read_json, read_users
 from oppu.profile_records import own_text
-from oppu.profiles import base_profiles_of, whole
+from oppu.profiles import base_profiles_of, extractive, whole
 from oppu.records import InputError, User
 from oppu.setting import CONTROLS, OWN, parse_augmentation
+from oppu.tasks import tasks
 
 STATES = ("fresh", "stale", "failed", "missing")
 """fresh: as it should be; failed: not fresh, and the last job that made it failed; missing: there is no cell.json."""
@@ -161,18 +163,21 @@ class _Task:
 
     @cached_property
     def profiles(self) -> dict[str, str]:
-        """The test users' profiles that are fresh."""
-        where = {"path", "revision", "convert"}
-        llm = self.config.profiles.backend == "llm"
-        model = model_files(**self.config.profiles.model_dump(include=where)) if llm else None
+        """The test users' profiles as a run would leave them; without those that a model would have to write anew."""
+        recipe = recipes.profile_recipe(self.config, self.name)
+        llm = recipe["backend"] == "llm"
         found = {}
-        for user in self.people if self.profile_recipe else ():
-            record = _record(f"{self.folder}/profiles/users/{user}.json")
-            if not whole(record) or (record["user"], record["task"]) != (user, self.name):
-                continue
-            own = own_text(Path(self.config.profiles.own) / self.name, user)
-            if record["key"] == keys.profile_key(self.profile_recipe, model, self.user(user), own):
-                found[user] = record["text"]
+        with suppress(InputError):  # no such model: then no profile is fresh
+            model = model_files(**recipe["runtime"]["model"]) if llm else None
+            for user in self.people:
+                with suppress(InputError):
+                    own = own_text(Path(self.config.profiles.own) / self.name, user)
+                    record = _record(f"{self.folder}/profiles/users/{user}.json")
+                    named = whole(record) and (record["user"], record["task"]) == (user, self.name)
+                    if named and record["key"] == keys.profile_key(recipe, model, self.user(user), own):
+                        found[user] = record["text"]
+                    elif own is not None or not llm:
+                        found[user] = own if own is not None else extractive(tasks()[self.name], self.user(user).history)
         return found
 
     @cached_property
