@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,15 @@ app = typer.Typer(
 )
 
 log = logging.getLogger("oppu")
+
+ConfigFiles = Annotated[
+    list[Path] | None, typer.Option("--config", "--configfile", help="config file; default: config/config.yaml")
+]
+MoreFiles = Annotated[list[Path] | None, typer.Argument(help="further config files, laid over it as Snakemake does")]
+
+
+def _configs(config: list[Path] | None, more: list[Path] | None) -> list[Path]:
+    return [*(config or ([] if more else [Path("config/config.yaml")])), *(more or [])]
 
 
 @app.callback()
@@ -145,7 +155,7 @@ def gc(
     them too.
     """
     from oppu import garbage
-    from oppu.plan import read_config
+    from oppu.config_files import read_config
 
     settings = read_config(config) if config else None
     folder = folder or Path(settings.results if settings else "results")
@@ -165,19 +175,17 @@ def gc(
 @app.command()
 def forget(
     user: Annotated[list[str], typer.Argument(help="keys of the people to take out: u-…, see `oppu users`")],
-    config: Annotated[
-        list[Path] | None, typer.Option("--config", "--configfile", help="config files; default: config/config.yaml")
-    ] = None,
+    config: ConfigFiles = None,
 ) -> None:
     """Take people out of the data and the results: their records in LaMP's files, and every file named after them.
 
     What others were made from together with them, a base or a table, is made anew by the next `snakemake --cores all`.
     Git and DVC keep older versions: docs/dvc.md says how to take a person out there.
     """
+    from oppu.config_files import read_config
     from oppu.forget import forget as forget_users
-    from oppu.plan import read_config
 
-    found = forget_users(read_config(config or [Path("config/config.yaml")]), set(user))
+    found = forget_users(read_config(_configs(config, None)), set(user))
     for file, count in found.questions.items():
         typer.echo(f"{file}: {count} questions taken out")
     for path in found.paths:
@@ -186,6 +194,38 @@ def forget(
         typer.echo(f"{task}: lower split.test_users by {count}, or {count} others move up and everything is made anew")
     for path in found.left:
         typer.echo(f"{path}: the config does not name it, so it is not made anew; delete it if it may know them")
+
+
+@app.command()
+def status(
+    config: ConfigFiles = None,
+    more: MoreFiles = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Count the fresh, stale, failed and missing cells of a configuration, by task and setting; nothing runs.
+
+    By keys and by whether the files are there; their bytes are not read (`oppu verify` does). Changed raw data count
+    once `split` has read them.
+    """
+    from oppu import status as states
+    from oppu.config_files import read_config
+
+    found = states.status(read_config(_configs(config, more)))
+    typer.echo(json.dumps(states.as_json(found), indent=1) if as_json else states.text_of(found))
+
+
+@app.command()
+def watch(folder: Annotated[Path, typer.Argument(help="results folder")] = Path("results")) -> None:
+    """Show what the jobs that run have done: users, steps, tokens per second, time left. Ctrl-C ends it.
+
+    Without a terminal it is printed once.
+    """
+    from oppu import progress
+
+    if sys.stdout.isatty():
+        progress.watch(folder)
+    else:
+        typer.echo(progress.text_of(progress.running(folder)))
 
 
 @app.command()
@@ -228,12 +268,8 @@ def tiny_lm(
 
 @app.command()
 def plan(
-    config: Annotated[
-        list[Path] | None, typer.Option("--config", "--configfile", help="config file; default: config/config.yaml")
-    ] = None,
-    more: Annotated[
-        list[Path] | None, typer.Argument(help="further config files, laid over it as Snakemake does")
-    ] = None,
+    config: ConfigFiles = None,
+    more: MoreFiles = None,
     gpu: Annotated[str, typer.Option(help="the GPU to give hours for; --list-gpus names them")] = "H100",
     utilisation: Annotated[float, typer.Option(help="share of the GPU's peak that is reached")] = 0.4,
     examples: Annotated[
@@ -244,6 +280,7 @@ def plan(
 ) -> None:
     """Say what a configuration will cost before anything runs: jobs, tokens, FLOPs, GPU hours, disk and memory."""
     from oppu import plan as planning
+    from oppu.config_files import read_config
     from oppu.plan_text import text_of
     from oppu.shape import known
 
@@ -252,7 +289,7 @@ def plan(
             typer.echo(f"{name:10}" + ", ".join(f"{key} {value:g}" for key, value in values.items()))
         typer.echo("half, single: dense TFLOP/s in 16 and 32 bits; bandwidth: GB/s; memory: GB")
         return
-    settings = planning.read_config([*(config or ([] if more else [Path("config/config.yaml")])), *(more or [])])
+    settings = read_config(_configs(config, more))
     found = planning.make_plan(settings, planning.gpu_named(gpu, utilisation, settings.model.dtype), examples)
     typer.echo(json.dumps(found.as_json(), indent=1) if as_json else text_of(found).rstrip())
 

@@ -86,7 +86,7 @@ def _told(error: Exception) -> str | None:
         return f"{error}: make room and run again; what is finished is kept" if full else None
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {error}; run again with fewer jobs at once; what is finished is kept"
-    return str(error) if type(error) in (InputError, RuntimeError) else None
+    return str(error) if isinstance(error, InputError) or type(error) is RuntimeError else None
 
 
 def read(arguments: list[str]) -> tuple[Callable[..., None], dict[str, Any]] | None:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import sys
 import time
 from contextlib import suppress
 from functools import lru_cache
@@ -12,6 +13,7 @@ from snakemake.utils import validate
 from oppu import config as settings
 from oppu import devices, keys, recipe
 from oppu.files import file_digest
+from oppu.provenance import note_run
 from oppu.records import InputError
 from oppu.setting import parse_augmentation, seeded
 
