@@ -42,7 +42,8 @@ class Cohort:
         self, recipe: dict[str, Any], manifest: object, base: Path, pool: object, users: Sequence[Any]
     ) -> None:
         self.answer = (recipe["task"]["labels"] or ["an answer"])[0]
-        self.queries = {user.key: user.queries for user, *_ in users}
+        self.users = {user.key: user for user, *_ in users}
+        self.adapters = ["pooled"] if recipe["peft"] == "pooled" else list(self.users)
 
     def load(self, key: str, folder: Path) -> None:
         pass
@@ -50,14 +51,16 @@ class Cohort:
     def save(self, adapter: str, folder: Path) -> None:
         write_adapter(folder)
 
-    def train(self, keys: Sequence[str], finished: Callable[[str], None], lessons: object = None) -> dict[str, str]:
+    def train(
+        self, keys: Sequence[str], finished: Callable[[str], None], lessons: object = None, checkpoint: object = None
+    ) -> dict[str, str]:
         for key in keys:
             finished(key)
         return {}
 
     def predict(self, keys: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
         made = {"prediction": self.answer, "prompt_tokens": 1, "cut_query": False, "cut_history": 0}
-        return {key: [{"id": query.id, **made} for query in self.queries[key]] for key in keys}, {}
+        return {key: [{"id": query.id, **made} for query in self.users[key].queries] for key in keys}, {}
 
 
 def train_base(folder: Path, *_: object) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def main() -> None:
     cohort = ModuleType("oppu.cohort")
     cohort.Cohort = Cohort  # type: ignore[attr-defined]
     sys.modules["oppu.cohort"] = cohort
-    if "base" in sys.argv[1:2]:
+    if "base" in sys.argv[1:4]:  # oppu [--gpus N] base
         from oppu import base
 
         base._train = train_base
