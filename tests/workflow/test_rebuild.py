@@ -188,7 +188,6 @@ def test_a_job_for_each_user_is_a_profile_that_makes_the_same_cells(project: Pro
 
 
 TARGETS = {
-    "all scores": [f"results/LaMP_2N/{name}/scores.json" for name in SETTINGS],
     "one cell": ("results/LaMP_2N/k1/lora/full/users/{user}/predictions.jsonl",),
     "a score file": ("results/LaMP_2N/k1/lora/full/scores.json",),
     "a table": ("results/tables/scores.csv",),
@@ -197,10 +196,12 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_failed_cohort_fails_again_whatever_is_asked_for(project: Project, target: str) -> None:
-    """Never exit code 0 with scores or answers from before."""
+    """Never exit code 0 with scores or answers from before. (For all targets at once: test_workflow.py.)"""
+    project.config["tasks"] = ["LaMP_2N"]
     user = project.users()[0]
     asked = [part.format(user=user) for part in TARGETS[target]]
-    project.run(*asked)
+    if target != "a score file":  # which is there already
+        project.run(*asked)
     project.config["task_personal"] = {"LaMP_2N": {"lr": 1e-3}}
     record = project.folder / f"results/LaMP_2N/k1/lora/full/users/{user}/cell.json"
     record.unlink()
