@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, get_args
 from oppu.config import Config
 from oppu.download import SOURCES
 from oppu.files import read_json, write_bytes, write_json
+from oppu.garbage import delete, of_other_settings
 from oppu.lamp import Source
 from oppu.lamp_values import identifier, load
 from oppu.records import InputError
@@ -42,27 +42,23 @@ def forget(config: Config, users: Collection[str]) -> Forgotten:
     """
     if bad := [user for user in users if not re.fullmatch(r"u-[0-9a-f]{12}", user)]:
         raise InputError([f"{user}: is no user key (u- and 12 hex digits); `oppu users` lists them" for user in bad])
-    found, results = Forgotten(), Path(config.results)
+    found, results, own = Forgotten(), Path(config.results), Path(config.profiles.own)
     raw = {task: _raw(Path(config.folder(task)) / task, users) for task in config.tasks}
-    named = {user: _named(user, [results, Path(config.profiles.own)]) for user in users}
+    named = {user: _named(user, [results, own]) for user in users}
     known = {key for changes in raw.values() for change in changes for key in change.gone}
     if strangers := sorted(user for user in users if not named[user] and user not in known):
         raise InputError([f"{user}: has no record in the config's data and nothing in {results}" for user in strangers])
-    settings = {Path(*setting) for setting in config.settings}
+    found.left = of_other_settings(results, config)
     for task, changes in raw.items():
         tested = sum((results / task / "split" / "histories" / f"{user}.json").exists() for user in users)
         if tested and config.split.test_users != "dev":
             found.moved[task] = tested
-        found.left += _others(results / task, settings)
         for change in changes:
             change.write()
             found.questions[str(change.questions)] = sum(change.gone.values())
-    for path in (path for paths in named.values() for path in paths):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        found.paths.append(path)
+    found.paths = sorted({path for paths in named.values() for path in paths})
+    for folder in (results, own):
+        delete(folder, [path for path in found.paths if path.is_relative_to(folder)])
     return found
 
 
@@ -70,16 +66,6 @@ def _named(user: str, folders: list[Path]) -> list[Path]:
     """Everything named after a user, but for what lies within a folder that is."""
     paths = sorted(path for folder in folders for path in folder.rglob(f"*{user}*"))
     return [path for path in paths if not any(user in part for part in path.parts[:-1])]
-
-
-def _others(folder: Path, settings: Collection[Path]) -> list[Path]:
-    """Below a task's results, the settings and bases that are not among these."""
-    bases = {setting.parts[0] for setting in settings}
-    there = {path.parent.relative_to(folder) for path in folder.glob("*/*/*/recipe.json")}
-    return sorted(
-        [folder / path for path in there if path not in settings]
-        + [path.parent for path in folder.glob("*/base/recipe.json") if path.parts[-3] not in bases]
-    )
 
 
 @dataclass

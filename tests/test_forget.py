@@ -35,6 +35,7 @@ def made(key: str) -> list[Path]:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
+    Path("results/LaMP_2N/split/users.json").write_text('{"users": ["u-000000000001"]}')
     for recipe in ("k0/base", "k0/lora/full", "k4/base", "k4/lora/full"):
         Path("results/LaMP_2N", recipe).mkdir(parents=True, exist_ok=True)
         Path("results/LaMP_2N", recipe, "recipe.json").write_text("{}")
