@@ -99,6 +99,7 @@ class OnSlurm(Project):
 @pytest.fixture(scope="module")
 def project(slurm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> OnSlurm:
     made = OnSlurm.make(tmp_path_factory.mktemp("project") / "project", augmentations=["k0"], peft=["lora"])
+    made.config["personal"] |= {"epochs": 6}  # long enough to be killed in the middle
     made.variables = slurm
     return made
 
