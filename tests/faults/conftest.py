@@ -19,7 +19,7 @@ def make(folder: Path, dtype: str = "float32") -> Project:
     model = {"path": "data/models/oppu-tiny", "max_length": 256, "dtype": dtype}
     project = Project.make(folder, augmentations=["k1"], peft=["lora"], users_per_job=4, model=model)
     project.config["base"] |= {"epochs": 3, "batch_size": 4, "tokens_per_batch": 2048}
-    project.config["personal"] |= {"epochs": 4, "batch_size": 2, "lr": 1e-3, "tokens_per_batch": 2048}
+    project.config["personal"] |= {"epochs": 8, "batch_size": 2, "lr": 5e-4, "tokens_per_batch": 2048}
     path = project.folder / f"data/raw/{TASK}/dev_questions.json"
     questions = json.loads(path.read_text())
     users = sorted({question["user_id"] for question in questions})
