@@ -14,6 +14,7 @@ and generating are replaced (no_models.py). Timed, each as a command of its own:
     one_user         a run after one test user of one task has got one more item
     check_all_cells  -R cells: every cell's key and files are checked, nothing is trained
     verify           oppu verify: every cell's files are checked
+    status           oppu status: every cell's key is checked, and whether its files are there
 
 Each in seconds of wall time and, besides, of processor time, its jobs' included, which other work on the machine
 hardly changes. The first run is made with 100 users per job; with another --users-per-job all cells are then checked in
@@ -45,7 +46,7 @@ from oppu.tasks import Task, fields_of, render, task
 
 TASKS = ["LaMP_1", "LaMP_2N", "LaMP_2M", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"]
 COLUMNS = ["k0", "random", "k1", "k2", "k4", "profile-k0", "profile-k1"]
-GOALS = {"dry_run": 5.0, "no_change": 10.0, "one_user": 15.0, "check_all_cells": 30.0}
+GOALS = {"dry_run": 5.0, "no_change": 10.0, "one_user": 15.0, "check_all_cells": 30.0, "status": 2.0}
 """Seconds, for the paper's grid at 100 users a job; one_user's is besides training."""
 WORDS = [f"word{n}" for n in range(500)]
 
@@ -192,6 +193,7 @@ def measure(project: Project) -> tuple[Meter, dict[str, Any]]:
         "one_user": project.run,
         "check_all_cells": lambda: project.run("-R", "cells"),
         "verify": lambda: project.command("oppu", "verify"),
+        "status": lambda: project.command("oppu", "status"),
     }
     if options.users_per_job != 100:
         del sides["check_all_cells"]

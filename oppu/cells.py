@@ -8,8 +8,9 @@ whole. Only stale artefacts are made, all stale users of a cohort together; torc
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from oppu.files import digest, file_digest, folder_digests, read_base, read_json
 from oppu.profiles import profile_of
 from oppu.records import InputError, Item, User
 from oppu.setting import OWN
-from oppu.warm import Lesson, anew, lesson_of
+from oppu.warm import KeyOf, Lesson, anew, lesson_of
 
 
 @dataclass
@@ -72,6 +73,16 @@ def damage(folder: Path, artefacts: dict[str, Any]) -> list[str]:
     return [name for name, known in files if not (folder / name).is_file() or file_digest(folder / name) != known]
 
 
+def gone(folder: Path, artefacts: dict[str, Any]) -> list[str]:
+    """The files of a cell that are missing, by path below its folder; their bytes are not read."""
+    names = (name for entry in artefacts.values() for name in entry["files"])
+    return [name for name in names if not os.path.isfile(f"{folder}/{name}")]  # noqa: PTH113 (a Path takes three times as long)
+
+
+Damaged = Callable[[Path, dict[str, Any]], list[str]]
+"""`damage`, or `gone` where bytes are not to be read."""
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """A cell's record; empty where there is none or it cannot be read (then everything in the cell is stale)."""
     try:
@@ -111,10 +122,10 @@ def start_of(setting: Path, recipe: dict[str, Any]) -> Path | None:
     return setting.parent.parent / "pooled" / setting.name if pooled else None
 
 
-def borrowed(source: Path) -> str:
+def borrowed(source: Path, damaged: Damaged = damage) -> str:
     """The digest of an adapter that another cell or the whole setting made; InputError where it is not whole."""
     entry = read_record(source).get("artefacts", {}).get("adapter")
-    if entry is None or (bad := damage(source, {"adapter": entry})):
+    if entry is None or (bad := damaged(source, {"adapter": entry})):
         found = f"{', '.join(bad)} missing or changed" if entry else "no adapter here"
         raise InputError([f"{source}: {found}; `snakemake --cores all -R cells pooled` mends it"])
     return digest(entry)
@@ -141,7 +152,7 @@ def open_cell(
     adapter, lesson = lent, None
     if recipe["peft"] in OWN:
         key_of = partial(_adapter_key, recipe, manifest, profile, pool)
-        lesson = _lesson(folder, record, recipe, user, key_of, lent)
+        lesson = lesson_in(folder, record, recipe, user, key_of, lent)
         adapter = wanted["adapter"] = lesson.key
     wanted["predictions"] = keys.predictions_key(recipe, manifest, user, profile, pool, adapter)
     record |= {name: recipe[name] for name in ("augmentation", "peft", "history")}
@@ -155,11 +166,18 @@ def _adapter_key(
     return keys.adapter_key(recipe, manifest, user, profile, pool)
 
 
-def _lesson(
-    folder: Path, record: dict[str, Any], recipe: dict[str, Any], user: User, key_of: Any, lent: str | None
+def lesson_in(
+    folder: Path,
+    record: dict[str, Any],
+    recipe: dict[str, Any],
+    user: User,
+    key_of: KeyOf,
+    lent: str | None,
+    damaged: Damaged = damage,
 ) -> Lesson:
+    """What the adapter in a cell's folder has learned or has to learn (oppu/warm.py); `record` is the cell's."""
     entry = record.get("artefacts", {}).get("adapter")
-    if recipe.get("start", {}).get("from") != "previous" or entry is None or damage(folder, {"adapter": entry}):
+    if recipe.get("start", {}).get("from") != "previous" or entry is None or damaged(folder, {"adapter": entry}):
         return anew(recipe, user, key_of, lent)
     chain = record.get("trained_on") or [{"start": "initial", "items": record["history_items"], "replayed": 0}]
     return lesson_of(recipe, user, key_of, chain, entry["key"])

@@ -19,10 +19,20 @@ from oppu.records import User
 log = logging.getLogger(__name__)
 
 
+def canonical(value: Any) -> str:
+    """A value's canonical JSON: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON (sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_of(parts: dict[str, str]) -> str:
+    """`digest` of a dictionary whose values are canonical JSON already: what many share is written out once."""
+    text = ",".join(f'"{name}":{parts[name]}' for name in sorted(parts))
+    return hashlib.sha256(f"{{{text}}}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 
 from oppu import ranks
 from oppu.cells import Cell, borrowed, open_cell, pool_of, source_of, start_of
+from oppu.failures import UsersFailed, recorded
 from oppu.files import digest, held, new_folder, read_json, read_user, read_users, write_bytes, write_json
-from oppu.records import InputError, Item
+from oppu.records import Item
 from oppu.setting import CONTROLS
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def run(
     if rank:
         ranks.follow(stamp, lambda given: _given(job, [path for path in histories if path.stem in given]))
         return
-    with ranks.leading(stamp, processes) as lead, held(job.setting, names):
+    with ranks.leading(stamp, processes) as lead, held(job.setting, names), recorded(job.setting, names):
         cells, failed = job.open(histories)
         stale = [cell for cell in cells if cell.stale]
         trained = sum("adapter" in cell.stale for cell in stale)
@@ -158,13 +159,13 @@ def _tell_warm(stale: Sequence[Cell]) -> None:
 def _finish(
     stamp: Path, names: Sequence[str], cells: Sequence[Cell], failed: dict[str, str], setting: Path, mended: str
 ) -> None:
-    """Write the stamp if all cells are fresh; InputError with every user whose cell is not."""
+    """Write the stamp if all cells are fresh; UsersFailed with every user whose cell is not."""
     for cell in cells:
         if cell.user.key not in failed and (left := cell.stale):
             failed[cell.user.key] = f"not made: {', '.join(left)}"
     if failed:
         lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
-        raise InputError([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"])
+        raise UsersFailed([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"], failed)
     files = {
         f"../users/{c.user.key}/{name}" for c in cells for e in c.record["artefacts"].values() for name in e["files"]
     }

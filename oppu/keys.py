@@ -5,9 +5,10 @@ Without pydantic: a check that nothing is stale computes them, and must take wel
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from oppu.files import digest
+from oppu.files import canonical, digest, digest_of
 from oppu.records import User
 
 VERSIONS = {"split": 1, "retrieval": 1, "prompts": 1, "profiles": 1, "examples": 1, "training": 1, "generation": 1}
@@ -48,20 +49,66 @@ def base_digest(manifest: dict[str, Any]) -> str:
     return digest({"key": manifest["key"], "files": manifest["files"], "model": manifest["model"]})
 
 
+@dataclass(frozen=True)
+class Person:
+    """A user as keys see one: history and queries as canonical JSON."""
+
+    key: str
+    history: str
+    queries: str
+
+    @staticmethod
+    def of(data: dict[str, Any]) -> Person:
+        """From `User.as_json(golds=False)`, which is what histories/{key}.json holds."""
+        return Person(data["key"], canonical(data["history"]), canonical(data["queries"]))
+
+
+class Keys:
+    """The keys of a setting's cells; what they share is written out once (9,100 cells are checked in two seconds)."""
+
+    def __init__(self, recipe: dict[str, Any], manifest: dict[str, Any]) -> None:
+        learned = _known(recipe, {"runtime", "generation", "start"}, without="generation")
+        asked = _known(recipe, {"runtime", "training", "start"}, without="training")
+        if recipe["generation"].get("labels") == "score":
+            asked["labels"] = recipe["task"]["labels"]
+        self.learned, self.asked = canonical(learned), canonical(asked)
+        self.base = canonical(base_digest(manifest))
+        self.reads_history = recipe["augmentation"] not in {"k0", "profile-k0"}
+
+    def adapter(self, user: Person, profile: str | None, pool: str | None) -> str:
+        """Key of a personal adapter that began at its initial parameters; oppu/warm.py makes the others' from it."""
+        return digest_of(
+            {
+                "recipe": self.learned,
+                "base": self.base,
+                "user": canonical(user.key),
+                "history": user.history,
+                "profile": canonical(profile),
+                "pool": canonical(pool),
+            }
+        )
+
+    def predictions(self, user: Person, profile: str | None, pool: str | None, adapter: str | None) -> str:
+        """Key of a user's predictions: their queries, what their prompts carry, the adapter, how answers are made."""
+        return digest_of(
+            {
+                "recipe": self.asked,
+                "base": self.base,
+                "user": canonical(user.key),
+                "adapter": canonical(adapter),
+                "queries": user.queries,
+                "history": user.history if self.reads_history else "null",
+                "profile": canonical(profile),
+                "pool": canonical(pool),
+            }
+        )
+
+
 def adapter_key(
     recipe: dict[str, Any], manifest: dict[str, Any], user: User, profile: str | None, pool: str | None
 ) -> str:
-    """Key of a personal adapter that began at its initial parameters; oppu/warm.py makes the others' from it."""
-    return digest(
-        {
-            "recipe": _known(recipe, {"runtime", "generation", "start"}, without="generation"),
-            "base": base_digest(manifest),
-            "user": user.key,
-            "history": user.as_json(golds=False)["history"],
-            "profile": profile,
-            "pool": pool,
-        }
-    )
+    """`Keys.adapter` of one user."""
+    return Keys(recipe, manifest).adapter(Person.of(user.as_json(golds=False)), profile, pool)
 
 
 def predictions_key(
@@ -72,23 +119,8 @@ def predictions_key(
     pool: str | None,
     adapter: str | None,
 ) -> str:
-    """Key of a user's predictions: their queries, what their prompts carry, the adapter, and how answers are made."""
-    known = _known(recipe, {"runtime", "training", "start"}, without="training")
-    if recipe["generation"].get("labels") == "score":
-        known["labels"] = recipe["task"]["labels"]
-    data = user.as_json(golds=False)
-    return digest(
-        {
-            "recipe": known,
-            "base": base_digest(manifest),
-            "user": user.key,
-            "adapter": adapter,
-            "queries": data["queries"],
-            "history": data["history"] if recipe["augmentation"] not in {"k0", "profile-k0"} else None,
-            "profile": profile,
-            "pool": pool,
-        }
-    )
+    """`Keys.predictions` of one user."""
+    return Keys(recipe, manifest).predictions(Person.of(user.as_json(golds=False)), profile, pool, adapter)
 
 
 def scores_key(recipe: dict[str, Any], queries_digest: str, artefacts: dict[str, Any]) -> str:

@@ -20,9 +20,10 @@ from oppu import training
 from oppu.bank import LoraBank, save_adapter
 from oppu.banks import bank_for
 from oppu.config import Config, Lora, load
+from oppu.config_files import read_config
 from oppu.examples import Context, history_examples
 from oppu.models import load_tokenizer
-from oppu.plan import gpu_named, make_plan, read_config
+from oppu.plan import gpu_named, make_plan
 from oppu.plan_counts import Task
 from oppu.plan_data import data_of, tokenizer_of
 from oppu.plan_text import text_of
