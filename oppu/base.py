@@ -12,6 +12,7 @@ from oppu.cells import pool_of
 from oppu.files import file_digest, folder_digests, lock, new_folder, read_base, read_json, write_json
 from oppu.keys import base_key
 from oppu.profiles import base_profiles_of
+from oppu.progress import Stage
 from oppu.recipe import lora_of
 from oppu.records import InputError, User
 from oppu.seeds import seed_of, seed_text
@@ -42,6 +43,14 @@ def model_files(path: str, revision: str | None, convert: bool = False) -> dict[
     return {file.name: file_digest(file) for file in files}
 
 
+def models_of(recipe: dict[str, Any]) -> dict[str, str]:
+    """`model_files` of a recipe's model, and of its encoder where it retrieves with one."""
+    files = model_files(**recipe["runtime"]["model"])
+    if encoder := recipe["runtime"]["encoder"]:
+        files |= {f"encoder/{name}": known for name, known in model_files(encoder, None).items()}
+    return files
+
+
 def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: Path | None = None) -> None:
     """Bring a base up to date, then write `out`, a copy of its manifest; the command of rule `base`.
 
@@ -53,9 +62,7 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: 
     values = read_json(recipe)
     folder = out.parent
     with lock(folder / ".lock", f"base {folder}"):
-        model = model_files(**values["runtime"]["model"])
-        if encoder := values["runtime"]["encoder"]:
-            model |= {f"encoder/{name}": known for name, known in model_files(encoder, None).items()}
+        model = models_of(values)
         texts = base_profiles_of(values, profiles)
         key = base_key(values, model, file_digest(base_users), texts)
         manifest = _manifest(folder)
@@ -102,7 +109,7 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path, profiles: dic
     from accelerate import Accelerator  # torch: seconds, so only when something is stale
 
     from oppu.bank import LoraBank, save_adapter
-    from oppu.cohort import context_of, loading_of, log_memory, progress_log
+    from oppu.cohort import context_of, loading_of, log_memory
     from oppu.models import load_base, load_tokenizer
     from oppu.rows import plan
     from oppu.training import train
@@ -123,8 +130,8 @@ def _train(folder: Path, recipe: dict[str, Any], base_users: Path, profiles: dic
     )
     log.info("%s: %d examples of %d base users, %d steps", folder, len(examples), len(users), len(steps))
     seeds = [seed_of(*name, "base", "dropout")]
-    progress = progress_log(f"base {recipe['task']['name']}/{recipe['augmentation']}")
-    (trained,) = train(model, bank, [examples], [steps], lora, accelerator, progress=progress, seeds=seeds)
+    with Stage(f"{recipe['task']['name']}/{recipe['augmentation']} base", folder.parent.parent.parent) as stage:
+        (trained,) = train(model, bank, [examples], [steps], lora, accelerator, progress=stage, seeds=seeds)
     if trained.error is not None:
         raise InputError([f"{folder}: base training failed: {trained.error}"])
     log_memory()

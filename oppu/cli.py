@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,15 @@ app = typer.Typer(
 )
 
 log = logging.getLogger("oppu")
+
+ConfigFiles = Annotated[
+    list[Path] | None, typer.Option("--config", "--configfile", help="config file; default: config/config.yaml")
+]
+MoreFiles = Annotated[list[Path] | None, typer.Argument(help="further config files, laid over it as Snakemake does")]
+
+
+def _configs(config: list[Path] | None, more: list[Path] | None) -> list[Path]:
+    return [*(config or ([] if more else [Path("config/config.yaml")])), *(more or [])]
 
 
 @app.callback()
@@ -130,7 +140,7 @@ def gc(
     them too.
     """
     from oppu import garbage
-    from oppu.plan import read_config
+    from oppu.config_files import read_config
 
     settings = read_config(config) if config else None
     folder = folder or Path(settings.results if settings else "results")
@@ -145,6 +155,38 @@ def gc(
         garbage.delete(folder, found)
     fate = "deleted" if delete else "--delete deletes them"
     typer.echo(f"{len(found)} files and folders, {sum(sizes)} bytes" + (f"; {fate}" if found else ""))
+
+
+@app.command()
+def status(
+    config: ConfigFiles = None,
+    more: MoreFiles = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Count the fresh, stale, failed and missing cells of a configuration, by task and setting; nothing runs.
+
+    By keys and by whether the files are there; their bytes are not read (`oppu verify` does). Changed raw data count
+    once `split` has read them.
+    """
+    from oppu import status as states
+    from oppu.config_files import read_config
+
+    found = states.status(read_config(_configs(config, more)))
+    typer.echo(json.dumps(states.as_json(found), indent=1) if as_json else states.text_of(found))
+
+
+@app.command()
+def watch(folder: Annotated[Path, typer.Argument(help="results folder")] = Path("results")) -> None:
+    """Show what the jobs that run have done: users, steps, tokens per second, time left. Ctrl-C ends it.
+
+    Without a terminal it is printed once.
+    """
+    from oppu import progress
+
+    if sys.stdout.isatty():
+        progress.watch(folder)
+    else:
+        typer.echo(progress.text_of(progress.running(folder)))
 
 
 @app.command()
@@ -187,12 +229,8 @@ def tiny_lm(
 
 @app.command()
 def plan(
-    config: Annotated[
-        list[Path] | None, typer.Option("--config", "--configfile", help="config file; default: config/config.yaml")
-    ] = None,
-    more: Annotated[
-        list[Path] | None, typer.Argument(help="further config files, laid over it as Snakemake does")
-    ] = None,
+    config: ConfigFiles = None,
+    more: MoreFiles = None,
     gpu: Annotated[str, typer.Option(help="the GPU to give hours for; --list-gpus names them")] = "H100",
     utilisation: Annotated[float, typer.Option(help="share of the GPU's peak that is reached")] = 0.4,
     examples: Annotated[
@@ -203,6 +241,7 @@ def plan(
 ) -> None:
     """Say what a configuration will cost before anything runs: jobs, tokens, FLOPs, GPU hours, disk and memory."""
     from oppu import plan as planning
+    from oppu.config_files import read_config
     from oppu.plan_text import text_of
     from oppu.shape import known
 
@@ -211,7 +250,7 @@ def plan(
             typer.echo(f"{name:10}" + ", ".join(f"{key} {value:g}" for key, value in values.items()))
         typer.echo("half, single: dense TFLOP/s in 16 and 32 bits; bandwidth: GB/s; memory: GB")
         return
-    settings = planning.read_config([*(config or ([] if more else [Path("config/config.yaml")])), *(more or [])])
+    settings = read_config(_configs(config, more))
     found = planning.make_plan(settings, planning.gpu_named(gpu, utilisation, settings.model.dtype), examples)
     typer.echo(json.dumps(found.as_json(), indent=1) if as_json else text_of(found).rstrip())
 

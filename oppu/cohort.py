@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from oppu.generation import generate
 from oppu.keys import base_digest
 from oppu.labels import likeliest
 from oppu.models import load_base, load_tokenizer
+from oppu.progress import Stage
 from oppu.recipe import training_of
 from oppu.records import Item, Query, User
 from oppu.retrieval import Search
@@ -64,22 +63,6 @@ def base_name(manifest: dict[str, Any]) -> str:
     return f"oppu-base-{base_digest(manifest)[:16]}"
 
 
-def progress_log(what: str, seconds: float = 30.0) -> Callable[[int, int, int], None]:
-    """A progress callback that logs a line every so often: steps done, tokens per second, time left."""
-    start = last = time.monotonic()
-
-    def tell(done: int, total: int, tokens: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < seconds and done < total:
-            return
-        last, spent = now, max(now - start, 1e-9)
-        left = spent / done * (total - done) if done else math.inf
-        log.info("%s: %d of %d steps, %.0f tokens/s, %.0f s left", what, done, total, tokens / spent, left)
-
-    return tell
-
-
 def log_memory() -> None:
     """Log the most memory that tensors took on the device; nothing without one."""
     if torch.cuda.is_available():
@@ -105,6 +88,7 @@ class Cohort:
         users: Sequence[tuple[User, str | None, Counter[str]]],
     ) -> None:
         self.recipe, self.manifest = recipe, manifest
+        self.results = base.parents[2] if base.name == "base" else None
         self.users = {user.key: (user, profile, counts) for user, profile, counts in users}
         self.adapters = [POOLED] if recipe["peft"] == "pooled" else list(self.users)
         self.row = {key: 0 if recipe["peft"] == "pooled" else n for n, key in enumerate(self.users)}
@@ -124,6 +108,9 @@ class Cohort:
     @property
     def _setting(self) -> tuple[str, str, str]:
         return self.recipe["augmentation"], self.recipe["peft"], self.recipe["history"]
+
+    def _stage(self, what: str, users: int | None = None, unit: str = "steps") -> Stage:
+        return Stage("/".join((self.context.task.name, *self._setting)) + f" {what}", self.results, users, unit)
 
     def load(self, key: str, folder: Path) -> None:
         """Take a user's adapter as it was trained before: to answer with, or to go on from."""
@@ -170,17 +157,23 @@ class Cohort:
             seed_of(self.recipe["seed"], name, adapter, *self._setting, "dropout", *after.get(adapter, []))
             for adapter in self.adapters
         ]
-        trained = train(
-            self.model,
-            self.bank,
-            examples,
-            plans,
-            self.lora,
-            self.accelerator,
-            progress=progress_log(name),
-            seeds=seeds,
-            finished=lambda row: finished(self.adapters[row]),
-        )
+        with self._stage("training", len(wanted)) as stage:
+
+            def done(row: int) -> None:
+                finished(self.adapters[row])
+                stage.user_done()
+
+            trained = train(
+                self.model,
+                self.bank,
+                examples,
+                plans,
+                self.lora,
+                self.accelerator,
+                progress=stage,
+                seeds=seeds,
+                finished=done,
+            )
         return failed | {
             adapter: str(one.error) for adapter, one in zip(self.adapters, trained, strict=True) if one.error
         }
@@ -200,9 +193,9 @@ class Cohort:
                 failed[key] = str(error)
                 continue
             asked += [(key, query, fitted, tokens) for query, fitted, tokens in prompts]
-        answers = self._answers(
-            settings, labels, [(key, query, tokens) for key, query, _, tokens in asked], answer_tokens
-        )
+        with self._stage("answers", unit="queries") as stage:
+            whole = [(key, query, tokens) for key, query, _, tokens in asked]
+            answers = self._answers(settings, labels, whole, answer_tokens, stage)
         out: dict[str, list[dict[str, Any]]] = {key: [] for key in keys if key not in failed}
         for (key, query, fitted, tokens), answer in zip(asked, answers, strict=True):
             row = {"id": query.id, "prediction": answer, "prompt_tokens": len(tokens), "cut_query": fitted.cut_query}
@@ -216,15 +209,24 @@ class Cohort:
         labels: list[list[int]],
         asked: Sequence[tuple[str, Query, list[int]]],
         answer_tokens: int,
+        stage: Stage,
     ) -> list[str]:
         """The answers to tokenised queries of users: by scoring the labels if there are any, else generated."""
         prompts = [tokens for *_, tokens in asked]
         users = [self.row[key] for key, *_ in asked] if self.bank else None
         task = self.context.task
         if labels:
-            chosen = likeliest(Asked(self.model, prompts, self.bank, users), labels, settings.tokens_per_batch)
+            chosen = likeliest(Asked(self.model, prompts, self.bank, users, stage), labels, settings.tokens_per_batch)
             return [(task.labels or [])[n] for n in chosen]
         seeds = [seed_of(self.recipe["seed"], task.name, key, "sampling", query.id) for key, query, _ in asked]
         return generate(
-            self.model, self.tokenizer, prompts, settings, answer_tokens, bank=self.bank, users=users, seeds=seeds
+            self.model,
+            self.tokenizer,
+            prompts,
+            settings,
+            answer_tokens,
+            bank=self.bank,
+            users=users,
+            seeds=seeds,
+            progress=stage,
         )

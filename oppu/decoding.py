@@ -40,6 +40,13 @@ class Asked:
     prompts: Sequence[Sequence[int]]
     bank: Bank | None = None
     users: Sequence[int] | None = None
+    progress: Callable[[int, int, int], object] | None = None
+    """Told of (prompts answered, prompts in all, their tokens)."""
+
+    def told(self, answered: Collection[int]) -> None:
+        """Tell which prompts have been answered so far."""
+        if self.progress is not None:
+            self.progress(len(answered), len(self.prompts), sum(len(self.prompts[n]) for n in answered))
 
     def user(self, number: int) -> int:
         """Whose adapter a prompt has; without adapters, 0 for all."""
@@ -173,6 +180,7 @@ def decode(
     Prompts are read in batches that suit the device, and answered in batches of up to `budget` tokens.
     """
     answers: list[list[int]] = [[] for _ in asked.prompts]
+    answered: set[int] = set()
 
     def unfinished(part: Part) -> list[int]:
         own = [answers[number] for number in part.numbers]
@@ -181,8 +189,12 @@ def decode(
     def step(part: Part) -> None:
         tokens = choose(part.numbers, part.read())
         chosen = tokens.tolist()  # the one wait for the device
-        for row in unfinished(part):
+        open_rows = unfinished(part)
+        for row in open_rows:
             answers[part.numbers[row]].append(chosen[row])
+        if more := set(open_rows) - set(unfinished(part)):
+            answered.update(part.numbers[row] for row in more)
+            asked.told(answered)
         part.follow(tokens)
 
     def finish(part: Part) -> None:

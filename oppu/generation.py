@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     lean: bool = True,
     share: bool = True,
+    progress: Callable[[int, int, int], object] | None = None,
 ) -> list[str]:
     """The answers to tokenised prompts, in their order; greedy, or sampled with one seed per prompt.
 
@@ -72,7 +73,8 @@ def generate(
     for an empty prompt, or where users or seeds are needed and missing.
 
     `lean` and `share` change the time only: whether our own loop is used wherever it serves the model, or transformers'
-    `generate`; and whether that loop reads once what a user's prompts begin with.
+    `generate`; and whether that loop reads once what a user's prompts begin with. `progress` is told of (prompts
+    answered, prompts in all, their tokens).
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("generate: a prompt has no tokens")
@@ -80,7 +82,7 @@ def generate(
         raise ValueError("generate: a bank needs one user per prompt")
     if settings.sample and (seeds is None or len(seeds) != len(prompts)):
         raise ValueError("generate: sampling needs one seed per prompt")
-    asked = Asked(model, prompts, bank, users)
+    asked = Asked(model, prompts, bank, users, progress)
     if lean and _serves(model):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
 
@@ -133,6 +135,7 @@ def _by_transformers(
             )
         for number, tokens in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
             answers[number] = tokens
+        asked.told([n for n, tokens in enumerate(answers) if tokens])
     return answers
 
 

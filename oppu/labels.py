@@ -55,7 +55,9 @@ def tree_of(labels: Sequence[Sequence[int]]) -> Tree:
 def likeliest(asked: Asked, labels: Sequence[Sequence[int]], budget: int, share: bool = True) -> list[int]:
     """The number of each prompt's most probable label; of equal ones, the first. See `scores`."""
     best = [0] * len(asked.prompts)
+    answered: list[int] = []
     for numbers, found in scores(asked, labels, budget, share):
+        asked.told(answered := answered + list(numbers))
         for number, label in zip(numbers, found.argmax(-1).tolist(), strict=True):
             best[number] = label
     return best

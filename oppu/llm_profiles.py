@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from oppu.cohort import progress_log
 from oppu.config import Generation
 from oppu.decoding import batches
 from oppu.generation import generate
 from oppu.models import load_model, load_tokenizer
+from oppu.progress import Stage
 from oppu.prompts import ids, one_line, shorten
 from oppu.records import InputError, User
 from oppu.seeds import seed_of
@@ -80,13 +80,13 @@ class Writer:
         """The greedy answers to these users' prompts, by user key, in batches of `tokens_per_batch` prompt tokens."""
         keys, done, tokens = list(prompts), 0, 0
         settings = Generation(tokens_per_batch=self.tokens_per_batch)
-        tell = progress_log(f"profiles {self.task.name}")
-        for batch in batches([len(prompts[key]) for key in keys], self.tokens_per_batch):
-            asked = [prompts[keys[n]] for n in batch]
-            texts = generate(self.model, self.tokenizer, asked, settings, self.settings["max_new_tokens"])
-            done, tokens = done + len(batch), tokens + sum(map(len, asked))
-            tell(done, len(keys), tokens)
-            yield {keys[n]: text for n, text in zip(batch, texts, strict=True)}
+        with Stage(f"{self.task.name} profiles", unit="users") as stage:
+            for batch in batches([len(prompts[key]) for key in keys], self.tokens_per_batch):
+                asked = [prompts[keys[n]] for n in batch]
+                texts = generate(self.model, self.tokenizer, asked, settings, self.settings["max_new_tokens"])
+                done, tokens = done + len(batch), tokens + sum(map(len, asked))
+                stage(done, len(keys), tokens)
+                yield {keys[n]: text for n, text in zip(batch, texts, strict=True)}
 
     def _line(self, text: str) -> str:
         line, most = one_line(text), self.settings["item_words"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,11 +34,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from oppu.convert import cache, safetensors_source
 from oppu.float8 import check_float8, to_float8
 from oppu.hub import refusal, token
 from oppu.records import InputError
+
+if not sys.stderr.isatty():  # a log is no place for "Loading weights"
+    disable_progress_bar()
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
