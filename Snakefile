@@ -18,6 +18,8 @@ onstart:
     limiter = getattr(workflow.scheduler, "job_rate_limiter", None)
     if limiter is not None and limiter.timespan == 1:
         workflow.scheduler.job_rate_limiter = None
+    # For provenance.json. No job has it as an input: who ran it, and from which commit, makes nothing stale.
+    note_run(RESULTS, workflow.basedir, sys.argv, CONFIG.model_dump())
 
 
 include: "workflow/rules/common.smk"
@@ -36,5 +38,7 @@ rule all:
     default_target: True
     input:
         TABLES,
+        f"{RESULTS}/tables/provenance.json",
+        f"{RESULTS}/tables/table5.provenance.json",
         lambda w: [stamp for task in TASKS for setting in SETTINGS for stamp in cohorts(task, setting)],
         lambda w: [stamp for task in TASKS for name in AUGMENTATIONS for stamp in profiles(task, name)],

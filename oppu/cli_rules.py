@@ -197,10 +197,10 @@ def table5(
     paper: Annotated[Path | None, typer.Option(help="the paper's own table5.csv, to stand beside")] = None,
 ) -> None:
     """Write Table 5 from every task's statistics."""
-    from oppu.statistics import write_table5
+    from oppu.statistics import run_table5
     from oppu.tables import read_csv
 
-    write_table5(out, statistics, read_csv(paper) if paper else None)
+    run_table5(out, statistics, read_csv(paper) if paper else None)
 
 
 @rules.command(rich_help_panel=PANEL)

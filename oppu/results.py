@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
-from oppu import tables
+from oppu import provenance, tables
 from oppu.boards import Bootstrap, Setting
 from oppu.files import read_base, read_json, read_user, read_users, write_bytes, write_json
 from oppu.plots import table1_figure, write_figure
 from oppu.references import references as predict_references
 from oppu.setting import seeded
 from oppu.tasks import task as task_record
-from oppu.terminal import terminal_table
+from oppu.terminal import WIDTH, terminal_table
 
 
 def references(out: Path, task: str, base_users: Path, histories: Sequence[Path]) -> None:
@@ -44,11 +45,16 @@ def tables_of(
     lines = {task: _flat(read_json(folder / task / "references.json")) for task in tasks}
     mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
     theirs = tables.read_csv(paper) if paper else None
-    tables.write_tables(folder / "tables", scored, lines, mixed, how, theirs)
+    made, record = provenance.made_from(folder, tasks, settings, how), folder / "tables/provenance.json"
+    line = provenance.line_of(made, record)
+    tables.write_tables(folder / "tables", scored, lines, mixed, how, theirs, line)
     paths = [folder / "tables" / f"{name}.csv" for name in ("scores", "references", "versus", "seeds")]
-    write_bytes(folder / "tables" / "results.txt", terminal_table(*paths).encode(), mode=0o644)
+    text = terminal_table(*paths) + "\n" + textwrap.fill(line, WIDTH) + "\n"
+    write_bytes(folder / "tables" / "results.txt", text.encode(), mode=0o644)
     figure = table1_figure(tables.read_csv(paths[0]), tables.read_csv(paths[1]))
     write_figure(folder / "figures" / "table1.svg", figure)
+    table1 = [folder / "tables" / f"table1.{end}" for end in ("csv", "md", "html")]
+    provenance.write(record, made, [*paths, folder / "tables/results.txt", *table1], folder)
 
 
 def _test_users(folder: Path) -> list:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from oppu import provenance
 from oppu.files import read_json, read_user, write_bytes, write_json
 from oppu.records import InputError
 from oppu.split import read_queries
@@ -97,8 +98,11 @@ def table5(statistics: Iterable[dict[str, Any]], paper: pl.DataFrame | None = No
     return table.join(theirs, on="task", how="left", maintain_order="left")
 
 
-def markdown(table: pl.DataFrame) -> str:
-    """Table 5 in markdown: a row per task and, where the paper has the task, the paper's row below it."""
+def markdown(table: pl.DataFrame, made: str = "") -> str:
+    """Table 5 in markdown: a row per task and, where the paper has the task, the paper's row below it.
+
+    `made` stands below.
+    """
     text = ["| task | " + " | ".join(f"{'base' if n < 3 else 'test'} {head}" for n, head in enumerate(HEADS))]
     text[0] += " | " + " | ".join(name.removesuffix("_tokens").replace("_", " ") + " tokens" for name in TOKENS) + " |"
     text.append("|---|" + "---:|" * (len(WORDS) + len(TOKENS)))
@@ -112,14 +116,22 @@ def markdown(table: pl.DataFrame) -> str:
         " paper's Table 5; #history: mean items per test user; model tokens: the same texts in the model's own tokens."
         " The paper's rows are of the whole of LaMP: other data give other numbers."
     )
-    return "\n".join([*text, "", note, ""])
+    return "\n".join([*text, "", note, "", *([made, ""] if made else [])])
 
 
-def write_table5(out: Path, files: Sequence[Path], paper: pl.DataFrame | None = None) -> None:
+def write_table5(out: Path, files: Sequence[Path], paper: pl.DataFrame | None = None, made: str = "") -> None:
     """Write table5.csv and, beside it, table5.md, from every task's statistics.json."""
     table = table5([read_json(path) for path in files], paper)
     write_csv(out, table)
-    write_bytes(out.with_suffix(".md"), markdown(table).encode(), mode=0o644)
+    write_bytes(out.with_suffix(".md"), markdown(table, made).encode(), mode=0o644)
+
+
+def run_table5(out: Path, files: Sequence[Path], paper: pl.DataFrame | None = None) -> None:
+    """`write_table5` from each results/{task}/statistics.json, and what it was made from (oppu/provenance.py)."""
+    made = {"data": {path.parent.name: provenance.data_of(path.parent / "split") for path in files}}
+    record = out.with_suffix(".provenance.json")
+    write_table5(out, files, paper, provenance.line_of(made, record))
+    provenance.write(record, made, [out, out.with_suffix(".md")], files[0].parent.parent)
 
 
 def _base_queries(path: Path) -> Iterable[tuple[str, str | None]]:

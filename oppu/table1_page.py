@@ -42,19 +42,19 @@ small { display: block; color: #5b6770; font-weight: normal }
 """
 
 
-def markdown(lines: list[Line], test: str = "bootstrap") -> str:
-    """Table 1 in markdown; a cell is `value ± spread (the paper's)`, as far as there is one."""
+def markdown(lines: list[Line], test: str = "bootstrap", made: str = "") -> str:
+    """Table 1 in markdown; a cell is `value ± spread (the paper's)`, as far as there is one. `made` stands below."""
     shown = columns_of(lines)
     text = ["| task | metric | " + " | ".join(f"{HEADS[n][0]} {HEADS[n][1]}" for n in shown) + " |"]
     text.append("|---|---|" + "---:|" * len(shown))
     for line in lines:
         cells = [_markdown(line.cells.get(name)) for name in shown]
         text.append(f"| {line.task} | {line.metric} {ARROWS[line.better]} | " + " | ".join(cells) + " |")
-    return "\n".join([*text, "", note(lines, test), ""])
+    return "\n".join([*text, "", note(lines, test), "", *([made, ""] if made else [])])
 
 
-def html(lines: list[Line], test: str = "bootstrap") -> str:
-    """Table 1 as a page that stands alone, its columns grouped as in the paper."""
+def html(lines: list[Line], test: str = "bootstrap", made: str = "") -> str:
+    """Table 1 as a page that stands alone, its columns grouped as in the paper; `made` stands below it."""
     shown = columns_of(lines)
     groups = [(group, len(list(names))) for group, names in groupby(shown, key=lambda name: HEADS[name][0])]
     head = "".join(f'<th class="group" colspan="{span}" scope="colgroup">{group}</th>' for group, span in groups)
@@ -72,7 +72,7 @@ def html(lines: list[Line], test: str = "bootstrap") -> str:
 {body}
 </tbody>
 </table></div>
-<p>{escape(note(lines, test))}</p>
+<p>{escape(note(lines, test))}</p>{f"{chr(10)}<p>{escape(made)}</p>" if made else ""}
 </body></html>
 """
 

@@ -144,10 +144,11 @@ def write_tables(
     mixed: Mapping[str, set[str]],
     how: Bootstrap,
     paper: pl.DataFrame | None = None,
+    made: str = "",
 ) -> None:
     """Write scores.csv, references.csv, versus.csv, seeds.csv and table1.{csv,md,html} into a folder.
 
-    `paper` is the paper's Table 1; its values stand beside ours in markdown and HTML.
+    `paper` is the paper's Table 1; its values stand beside ours in markdown and HTML. `made` stands below those.
     """
     from oppu.table1 import sheet, table1
     from oppu.table1_page import html, markdown
@@ -165,7 +166,7 @@ def write_tables(
     write_csv(folder / "seeds.csv", seeds)
     write_csv(folder / "table1.csv", table := table1(scores))
     lines = sheet(table, scores, seeds, paper)
-    for name, text in (("table1.md", markdown(lines, how.test)), ("table1.html", html(lines, how.test))):
+    for name, text in (("table1.md", markdown(lines, how.test, made)), ("table1.html", html(lines, how.test, made))):
         write_bytes(folder / name, text.encode(), mode=0o644)
 
 

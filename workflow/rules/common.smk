@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from functools import lru_cache
 
 from snakemake.exceptions import WorkflowError
@@ -9,6 +10,7 @@ from snakemake.utils import validate
 
 from oppu import config as settings
 from oppu import keys, recipe
+from oppu.provenance import note_run
 from oppu.records import InputError
 from oppu.setting import parse_augmentation, seeded
 

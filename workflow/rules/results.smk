@@ -74,6 +74,7 @@ rule tables:
         text=report(TABLES[4], caption="../report/tables.rst", category="Tables"),
         table1=report(TABLES[5:8], caption="../report/table1_page.rst", category="Tables"),
         figure=report(TABLES[-1], caption="../report/table1.rst", category="Figures"),
+        provenance=update(f"{RESULTS}/tables/provenance.json"),
     log:
         f"{LOGS}/tables.log",
     conda:
@@ -121,6 +122,7 @@ rule table5:
     output:
         csv=report(f"{RESULTS}/tables/table5.csv", caption="../report/table5.rst", category="Tables"),
         md=report(f"{RESULTS}/tables/table5.md", caption="../report/table5.rst", category="Tables"),
+        provenance=update(f"{RESULTS}/tables/table5.provenance.json"),
     log:
         f"{LOGS}/table5.log",
     conda:
