@@ -64,12 +64,12 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: 
     values = read_json(recipe)
     folder = out.parent
     with lock(folder / ".lock", f"base {folder}"):
+        sweep(folder)
         model = models_of(values)
         texts = base_profiles_of(values, profiles)
         key = base_key(values, model, file_digest(base_users), texts)
         manifest = _manifest(folder)
         if manifest is None or manifest["key"] != key:
-            sweep(folder)
             checkpoint = Checkpoint(checkpoint_of(folder), [key])  # beside the folder, which DVC may ship
             trained = _train(folder, values, base_users, texts, checkpoint)
             files = {f"adapter/{name}": known for name, known in folder_digests(folder / "adapter").items()}

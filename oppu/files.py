@@ -127,9 +127,9 @@ TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
 """What `write_bytes` and `new_folder` call what is not whole yet."""
 
 
-def sweep(folder: Path) -> None:
-    """Delete what killed writers left half-written in a folder; for who holds it against all others."""
-    for path in folder.glob(".*.*"):
+def sweep(folder: Path, name: str = "*") -> None:
+    """Delete what killed writers of any file of a folder, or of one, left half-written; for its only writer."""
+    for path in folder.glob(f".{name}.*"):
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

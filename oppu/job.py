@@ -210,6 +210,7 @@ def _finish(
         lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
         raise UsersFailed([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"], failed)
     shutil.rmtree(checkpoint_of(stamp), ignore_errors=True)
+    sweep(stamp.parent, stamp.name)
     files: dict[str, str | None] = {
         f"../users/{c.user.key}/{name}": None
         for c in cells

@@ -11,7 +11,7 @@ import polars as pl
 
 from oppu import provenance, tables
 from oppu.boards import Bootstrap, Setting
-from oppu.files import read_base, read_json, read_user, read_users, write_bytes, write_json
+from oppu.files import read_base, read_json, read_user, read_users, sweep, write_bytes, write_json
 from oppu.plots import table1_figure, write_figure
 from oppu.references import references as predict_references
 from oppu.setting import seeded
@@ -36,6 +36,8 @@ def tables_of(
 
     `paper` is the paper's Table 1, to stand beside ours.
     """
+    for name in ("tables", "figures"):
+        sweep(folder / name)
     scored = []
     for task, setting in itertools.product(tasks, settings):
         name, peft, history = setting.split("/")

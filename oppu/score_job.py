@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from oppu.cells import read_predictions, whole_record
-from oppu.files import file_digest, new_folder, read_json, read_users, write_bytes, write_json
+from oppu.files import file_digest, new_folder, read_json, read_users, sweep, write_bytes, write_json
 from oppu.keys import scores_key
 from oppu.records import InputError
 
@@ -34,6 +34,7 @@ def run(out: Path, scored: Path, submission: Path, task: str, users: Path, queri
     key = scores_key(read_json(setting / "recipe.json"), file_digest(queries), predictions)
     outputs = {path.name: path for path in (scored, submission, out)}
     kept = _kept(setting / ".scores", key, set(outputs))
+    sweep(setting)
     if kept is None:
         _count(out, scored, submission, task, everyone, queries)
         kept = {name: path.read_bytes() for name, path in outputs.items()}

@@ -19,7 +19,7 @@ import polars as pl
 
 from oppu import lamp
 from oppu.config import Split
-from oppu.files import write_if_changed
+from oppu.files import sweep, write_if_changed
 from oppu.lamp import Question
 from oppu.records import InputError, Item, Query, User
 from oppu.tasks import Task, fields_of, render
@@ -208,6 +208,8 @@ def write(result: SplitResult, task: Task, out: Path, mended: str = "-") -> None
     pl.DataFrame(rows, schema=_QUERIES, orient="row").write_parquet(queries)
     summary = {"task": task.name, "users": sorted(keys), "base_users": len(result.base), "queries": len(rows)}
     folder = out.parent / "histories"
+    for written in (out.parent, folder):
+        sweep(written)
     for name, data in histories.items():
         write_if_changed(folder / name, data)
     for stale in folder.glob("u-*.json"):
