@@ -37,7 +37,7 @@ if GPUS and "gpu" not in workflow.global_resources and workflow.nodes is None:
     workflow.register_resource("gpu", GPUS)
 
 # Jobs know their run by this, so that `oppu end-orphans` finds those that outlived it.
-os.environ["OPPU_RUN"] = str(os.getpid())
+os.environ.update(OPPU_RUN=str(os.getpid()))
 
 
 def date_back(folder):
