@@ -177,7 +177,9 @@ class _Task:
                     if named and record["key"] == keys.profile_key(recipe, model, self.user(user), own):
                         found[user] = record["text"]
                     elif own is not None or not llm:
-                        found[user] = own if own is not None else extractive(tasks()[self.name], self.user(user).history)
+                        found[user] = (
+                            own if own is not None else extractive(tasks()[self.name], self.user(user).history)
+                        )
         return found
 
     @cached_property
