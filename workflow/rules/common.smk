@@ -152,9 +152,9 @@ def stands(path, made, known):
     "Whether a file is there and, where its sha256 is known and it is newer than its stamp, is still the same."
     try:
         newer = os.stat(path).st_mtime_ns > made
-    except OSError:
+        return not (newer and known) or file_digest(Path(path)) == known
+    except OSError:  # gone, or no file
         return False
-    return not (newer and known) or file_digest(Path(path)) == known
 
 
 def as_json(value):
