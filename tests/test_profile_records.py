@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from oppu import keys
+from oppu import recipe as recipes
 from oppu.config import load
 from oppu.files import read_json, write_json
 from oppu.profile_records import run, run_base
@@ -62,7 +63,7 @@ class Folder:
 
 
 def counted(**profiles: object) -> dict:
-    return keys.profile_recipe(load({"tasks": ["LaMP_2N"], "profiles": profiles}), "LaMP_2N")
+    return recipes.profile_recipe(load({"tasks": ["LaMP_2N"], "profiles": profiles}), "LaMP_2N")
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_the_key_follows_what_decides_a_profile_and_nothing_else(model: Path) ->
 
 def test_a_base_depends_on_the_texts_of_its_users_profiles(folder: Folder) -> None:
     users = some_users()
-    recipe = keys.base_recipe(load({"tasks": ["LaMP_2N"]}), "LaMP_2N", "profile-k0")
+    recipe = recipes.base_recipe(load({"tasks": ["LaMP_2N"]}), "LaMP_2N", "profile-k0")
 
     def key() -> str:
         return keys.base_key(recipe, {}, "users", base_profiles_of(recipe, folder.profiles))

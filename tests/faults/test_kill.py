@@ -62,8 +62,16 @@ def reached(project: Project, wanted: str) -> bool:
     return (at := stage(project)) is not None and STAGES.index(at) >= STAGES.index(wanted)
 
 
+def past(project: Project, wanted: str) -> bool:
+    at = stage(project)
+    return at is not None and STAGES.index(at) > STAGES.index("personal" if wanted == FIRST else wanted)
+
+
 def attempt(project: Project, command: list[str], wanted: str, wait: float, all_of_it: bool) -> str | None:
-    """Start a run and kill it so many seconds into a stage; the stage it was at, None if it had ended before."""
+    """Start a run and kill it so many seconds into a stage, or when that ends; the stage it was at, None: it had ended.
+
+    A run that goes on from a checkpoint is at a stage for a shorter time than an uninterrupted one.
+    """
     project.forget_logs()
     with (project.folder / "run.log").open("a") as log:
         run = subprocess.Popen(
@@ -71,7 +79,9 @@ def attempt(project: Project, command: list[str], wanted: str, wait: float, all_
         )
     while run.poll() is None and not reached(project, wanted):
         time.sleep(0.01)
-    time.sleep(wait)
+    until = time.monotonic() + wait
+    while run.poll() is None and time.monotonic() < until and not past(project, wanted):
+        time.sleep(0.01)
     if run.poll() is not None:
         return None
     at = stage(project)
