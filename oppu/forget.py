@@ -56,7 +56,8 @@ def forget(config: Config, users: Collection[str]) -> Forgotten:
         for change in changes:
             change.write()
             found.questions[str(change.questions)] = sum(change.gone.values())
-    found.paths = sorted({path for paths in named.values() for path in paths})
+    # A training that was cut off keeps adapters by key, not by name; whoever else is in there trains anew.
+    found.paths = sorted({path for paths in named.values() for path in paths} | set(results.rglob("*.checkpoint")))
     for folder in (results, own):
         delete(folder, [path for path in found.paths if path.is_relative_to(folder)])
     return found

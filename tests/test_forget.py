@@ -47,11 +47,15 @@ def test_a_person_goes_and_the_others_stay_as_they_are(config: Config) -> None:
     user, other = sorted({q.user_id for q in before if q.source == "dev"})[:2]
     key = user_key(user)
     own, kept = made(key), made(user_key(other))
+    unfinished = Path("results/LaMP_2N/k0/lora/full/cohorts/000.checkpoint/0-000000001/some-key.safetensors")
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_text("{}")
     found = forget(config, {key})
     after = read(Path("data/raw"), task("LaMP_2N"))
     assert after == [q for q in before if q.user_id != user], "golds are there and fit, or reading them would fail"
     assert found.questions == {"data/raw/LaMP_2N/dev_questions.json": len(before) - len(after)}
     assert not any(path.exists() for path in own) and all(path.exists() for path in kept)
+    assert not unfinished.parents[1].exists(), "an adapter under way"
     assert key not in " ".join(str(path) for path in Path().rglob("*"))
     assert found.moved == {"LaMP_2N": 1}, "the fifth user would be tested"
     assert found.left == [Path("results/LaMP_2N/k4/base"), Path("results/LaMP_2N/k4/lora/full")]
