@@ -12,12 +12,8 @@ if not workflow.overwrite_configfiles:
     configfile: "config/config.yaml"
 
 
-# Under a rate limit, Snakemake 9.27 looks over all ready jobs once more each second for every job that has finished: after
-# 150 of them it took a third of a core. Its default limit, 100 jobs in a second, limits nothing here.
 onstart:
-    limiter = getattr(workflow.scheduler, "job_rate_limiter", None)
-    if limiter is not None and limiter.timespan == 1:
-        workflow.scheduler.job_rate_limiter = None
+    choose_quickly(workflow.scheduler)
     # For provenance.json. No job has it as an input: who ran it, and from which commit, makes nothing stale.
     note_run(RESULTS, workflow.basedir, sys.argv, CONFIG.model_dump())
 

@@ -104,7 +104,7 @@ class Project:
     options: argparse.Namespace
 
     def make(self) -> None:
-        for name in ("Snakefile", "workflow", "envs", "data/models", "data/paper"):
+        for name in ("Snakefile", "workflow", "profiles", "envs", "data/models", "data/paper"):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).symlink_to(ROOT / name)
         for name in self.options.tasks:

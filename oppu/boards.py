@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,12 +12,12 @@ import polars as pl
 
 from oppu.metrics import user_values
 from oppu.records import InputError
-from oppu.scores import UserSums, score_texts, user_sums
+from oppu.scores import UserSums, user_sums
 from oppu.significance import Difference, Estimate, differences, draws, estimates, swaps
 from oppu.tasks import Task
 
-References = Mapping[str, Mapping[str, Mapping[tuple[str, str], str]]]
-"""Task name -> reference name -> (user key, query id) -> answer."""
+References = Mapping[str, Mapping[str, pl.DataFrame]]
+"""Task name -> reference name -> its scored answers, as of a setting."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,23 @@ class Board:
 
 
 def boards(settings: Sequence[Setting], references: References, how: Bootstrap) -> list[Board]:
-    """One board per task, in the order of the settings. InputError where settings of a task differ in their queries."""
+    """One board per task, in the order of the settings.
+
+    InputError where settings or references of a task differ in their queries.
+    """
     by_task: dict[str, list[Setting]] = {}
     for setting in settings:
         by_task.setdefault(setting.task.name, []).append(setting)
-    problems = [problem for group in by_task.values() for problem in _unpaired(group)]
+    problems = [problem for name, group in by_task.items() for problem in _unpaired(group, references.get(name, {}))]
     if problems:
         raise InputError(problems)
     return [_board(group, references.get(name, {}), how) for name, group in by_task.items()]
 
 
-def _board(group: list[Setting], references: Mapping[str, Mapping[tuple[str, str], str]], how: Bootstrap) -> Board:
+def _board(group: list[Setting], references: Mapping[str, pl.DataFrame], how: Bootstrap) -> Board:
     task, queries = group[0].task, group[0].scored.select("user", "id", "gold")
     settings = {(s.augmentation, s.peft, s.history): user_sums(task, s.scored) for s in group}
-    lines = {name: user_sums(task, score_texts(task, queries, texts).scored) for name, texts in references.items()}
+    lines = {name: user_sums(task, scored) for name, scored in references.items()}
     users = next(iter(settings.values())).users
     return Board(task, users, queries, settings, lines, *_resamples(task, len(users), how))
 
@@ -119,19 +123,18 @@ def _resamples(task: Task, users: int, how: Bootstrap) -> tuple[Any, Any]:
     return weights, swaps(task, users, how.resamples, how.seed) if how.test == "permutation" else None
 
 
-def _unpaired(group: list[Setting]) -> list[str]:
-    def queries(setting: Setting) -> set[tuple[str, ...]]:
-        return set(setting.scored.select("user", "id", "gold").iter_rows())
+def _unpaired(group: list[Setting], references: Mapping[str, pl.DataFrame]) -> list[str]:
+    def queries(scored: pl.DataFrame) -> set[tuple[str, ...]]:
+        return set(scored.select("user", "id", "gold").iter_rows())
 
-    first, seen, problems = queries(group[0]), set(), []
-    for setting in group:
-        if str(setting) in seen:
-            problems.append(f"{setting}: given twice")
-        seen.add(str(setting))
-        if odd := first ^ queries(setting):
+    first, problems = queries(group[0].scored), []
+    named = [(str(setting), setting.scored) for setting in group]
+    problems += [f"{name}: given twice" for name, count in Counter(name for name, _ in named).items() if count > 1]
+    for name, scored in [*named, *((f"{group[0].task.name}/{name}", scored) for name, scored in references.items())]:
+        if odd := first ^ queries(scored):
             user, query, _ = min(odd)
             problems.append(
-                f"{setting}: {len(odd)} queries differ from those of {group[0]}, first user {user}, query {query};"
+                f"{name}: {len(odd)} queries differ from those of {group[0]}, first user {user}, query {query};"
                 " score both on the same users.json"
             )
     return problems

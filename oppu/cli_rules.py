@@ -129,7 +129,6 @@ def pooled(
 @rules.command(rich_help_panel=PANEL, name="score-setting")
 def score_setting(
     out: Annotated[Path, typer.Argument(help="scores.json; its folder holds the setting's users/")],
-    task: TaskName,
     users: Annotated[Path, typer.Option(help="users.json")],
     queries: Annotated[Path, typer.Option(help="queries.parquet: users' queries and golds")],
     scored: Annotated[Path, typer.Option(help="table of every query with its prediction")],
@@ -138,20 +137,21 @@ def score_setting(
     """Score a setting as LaMP does; refuses missing and damaged cells."""
     from oppu import score_job
 
-    score_job.run(out, scored, submission, task, users, queries)
+    score_job.run(out, scored, submission, users, queries)
 
 
 @rules.command(rich_help_panel=PANEL)
 def references(
-    out: Annotated[Path, typer.Argument(help="references.json")],
+    out: Annotated[Path, typer.Argument(help="references.parquet")],
     histories: Histories,
     task: TaskName,
     base_users: BaseUsers,
+    queries: Annotated[Path, typer.Option(help="queries.parquet: users' queries and golds")],
 ) -> None:
-    """Predict every query without any model: the reference lines."""
+    """Predict every query without any model, and score it: the reference lines."""
     from oppu import results
 
-    results.references(out, task, base_users, histories)
+    results.references(out, task, base_users, queries, histories)
 
 
 @rules.command(rich_help_panel=PANEL)

@@ -51,7 +51,6 @@ def score_setting() -> tuple[Lean, Callable[..., None]]:
 
     lean = Lean()
     lean.add_argument("out", type=Path)
-    lean.add_argument("--task", required=True)
     for name in ("--users", "--queries", "--scored", "--submission"):
         lean.add_argument(name, type=Path, required=True)
     return lean, run

@@ -15,17 +15,22 @@ Where LaMP's own evaluation leaves a choice, ours is:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oppu.tasks import Task
+if TYPE_CHECKING:
+    from oppu.tasks import Task  # name, kind and labels are all that is read of it
 
 Floats = NDArray[np.float64]
 
+METRICS = {"classification": ("accuracy", "f1"), "rating": ("MAE", "RMSE"), "generation": ("rouge-1", "rouge-L")}
+"""Kind of task -> LaMP's names of its two metrics."""
 COLUMN = {"accuracy": "accuracy", "f1": "f1", "MAE": "mae", "RMSE": "rmse", "rouge-1": "rouge1", "rouge-L": "rougeL"}
 """LaMP's metric name -> the name in our tables and in the paper's CSV."""
 
@@ -34,7 +39,7 @@ LOWER_IS_BETTER = frozenset({"mae", "rmse"})
 
 def columns(task: Task) -> tuple[str, str]:
     """The task's two metrics by their names in tables."""
-    first, second = task.metrics
+    first, second = METRICS[task.kind]
     return COLUMN[first], COLUMN[second]
 
 
@@ -113,9 +118,27 @@ def _generation(task: Task, gold: str, prediction: str) -> dict[str, Any]:
 
 @lru_cache
 def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
+    with _hidden("scipy", "sklearn", "matplotlib"):
+        from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+
+
+@contextmanager
+def _hidden(*packages: str) -> Iterator[None]:
+    """Packages that are not imported yet look as if they were not installed.
+
+    rouge_score imports all of nltk for a stemmer that is not used here, and nltk whatever it can do without: two of
+    three seconds.
+    """
+    names = [name for name in packages if name not in sys.modules]
+    for name in names:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 def _classification_vectors(task: Task, rows: Mapping[str, NDArray[Any]]) -> Floats:

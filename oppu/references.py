@@ -57,7 +57,8 @@ def _closed(task: Task, base: Sequence[User]) -> dict[str, Answer]:
         answers["user-majority"] = lambda user, query: commonest(_answers(task, user.history)) or majority
         answers |= _from_history(task, majority) | _bag_of_words(task, base, majority)
     elif options := _options(task):
-        answers["bag-of-words"] = lambda user, query: _nearest_option(task, options, user, query) or majority
+        chosen = _nearest_option(task, options)
+        answers["bag-of-words"] = lambda user, query: chosen(user, query) or majority
     return answers
 
 
@@ -159,17 +160,27 @@ def _options(task: Task) -> dict[str, str]:
     return options if len(set(options.values())) == len(task.labels or ()) else {}
 
 
-def _nearest_option(task: Task, options: Mapping[str, str], user: User, query: Query) -> str | None:
+def _nearest_option(task: Task, options: Mapping[str, str]) -> Callable[[User, Query], str | None]:
     """The label whose text has the largest mean TF-IDF cosine to the user's items; None for a tie or no word."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    history = [" ".join(item.fields[name] for name in task.history) for item in user.history]
-    if not any(re.search(r"\b\w\w", text) for text in history):
-        return None
-    parts = task.query_fields(query.input)
-    vectorizer = TfidfVectorizer(sublinear_tf=True)
-    mean = np.asarray(vectorizer.fit_transform(history).mean(axis=0)).ravel()
-    scores = {label: float((vectorizer.transform([parts[field]]) @ mean)[0]) for label, field in options.items()}
-    best = max(scores.values())
-    winners = [label for label, score in scores.items() if score == best]
-    return winners[0] if len(winners) == 1 else None
+    kept: dict[str, tuple[TfidfVectorizer, np.ndarray] | None] = {}
+
+    def learned(user: User) -> tuple[TfidfVectorizer, np.ndarray] | None:
+        history = [" ".join(item.fields[name] for name in task.history) for item in user.history]
+        if not any(re.search(r"\b\w\w", text) for text in history):
+            return None
+        vectorizer = TfidfVectorizer(sublinear_tf=True)
+        return vectorizer, np.asarray(vectorizer.fit_transform(history).mean(axis=0)).ravel()
+
+    def nearest(user: User, query: Query) -> str | None:
+        if user.key not in kept:
+            kept[user.key] = learned(user)
+        if (found := kept[user.key]) is None:
+            return None
+        parts, (vectorizer, mean) = task.query_fields(query.input), found
+        cosines = vectorizer.transform([parts[field] for field in options.values()]) @ mean
+        winners = np.flatnonzero(cosines == cosines.max())
+        return list(options)[winners[0]] if len(winners) == 1 else None
+
+    return nearest

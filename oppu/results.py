@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import textwrap
 from collections.abc import Sequence
@@ -11,28 +12,32 @@ import polars as pl
 
 from oppu import provenance, tables
 from oppu.boards import Bootstrap, Setting
-from oppu.files import read_base, read_json, read_user, read_users, sweep, write_bytes, write_json
+from oppu.files import read_base, read_user, read_users, sweep, write_bytes
 from oppu.plots import table1_figure, write_figure
-from oppu.references import references as predict_references
+from oppu.scores import read_queries, score_texts
 from oppu.setting import seeded
 from oppu.tasks import task as task_record
 from oppu.terminal import WIDTH, terminal_table
 
 
-def references(out: Path, task: str, base_users: Path, histories: Sequence[Path]) -> None:
-    """Predict every query without any model; JSON: reference -> user key -> query id -> answer."""
-    found = predict_references(task_record(task), [read_user(path) for path in histories], read_base(base_users))
-    nested: dict[str, dict[str, dict[str, str]]] = {}
-    for name, answers in found.items():
-        for (user, query), text in answers.items():
-            nested.setdefault(name, {}).setdefault(user, {})[query] = text
-    write_json(out, nested)
+def references(out: Path, task: str, base_users: Path, queries: Path, histories: Sequence[Path]) -> None:
+    """Predict every query without any model, and score it; a table as scored.parquet, with the column `reference`."""
+    from oppu.references import references as answers_of
+
+    record, asked = task_record(task), read_queries(queries)
+    found = answers_of(record, [read_user(path) for path in histories], read_base(base_users))
+    scored = (
+        score_texts(record, asked, texts).scored.with_columns(reference=pl.lit(name)) for name, texts in found.items()
+    )
+    table = io.BytesIO()
+    pl.concat(scored).write_parquet(table)
+    write_bytes(out, table.getvalue())
 
 
 def tables_of(
     folder: Path, tasks: Sequence[str], settings: Sequence[str], how: Bootstrap, paper: Path | None = None
 ) -> None:
-    """Write tables/ and figures/ of a results folder from its scored settings and references.
+    """Write tables/, figures/ and each task's plot.csv of a results folder from its scored settings and references.
 
     `paper` is the paper's Table 1, to stand beside ours.
     """
@@ -44,7 +49,7 @@ def tables_of(
         augmentation, repeat = seeded(name)
         table = pl.read_parquet(folder / task / setting / "scored.parquet")
         scored.append(Setting(task_record(task), augmentation, peft, history, table, repeat))
-    lines = {task: _flat(read_json(folder / task / "references.json")) for task in tasks}
+    lines = {task: _references(folder / task / "references.parquet") for task in tasks}
     mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
     theirs = tables.read_csv(paper) if paper else None
     made, record = provenance.made_from(folder, tasks, settings, how), folder / "tables/provenance.json"
@@ -53,7 +58,10 @@ def tables_of(
     paths = [folder / "tables" / f"{name}.csv" for name in ("scores", "references", "versus", "seeds")]
     text = terminal_table(*paths) + "\n" + textwrap.fill(line, WIDTH) + "\n"
     write_bytes(folder / "tables" / "results.txt", text.encode(), mode=0o644)
-    figure = table1_figure(tables.read_csv(paths[0]), tables.read_csv(paths[1]))
+    scores = tables.read_csv(paths[0])
+    for task in tasks:  # for `dvc plots`: what another task changes (p_holm) is not in it
+        tables.write_csv(folder / task / "plot.csv", scores.filter(task=task)[:, : scores.columns.index("ci_high") + 1])
+    figure = table1_figure(scores, tables.read_csv(paths[1]))
     write_figure(folder / "figures" / "table1.svg", figure)
     table1 = [folder / "tables" / f"table1.{end}" for end in ("csv", "md", "html")]
     provenance.write(record, made, [*paths, folder / "tables/results.txt", *table1], folder)
@@ -64,8 +72,6 @@ def _test_users(folder: Path) -> list:
     return [read_user(folder / "split" / "histories" / f"{key}.json") for key in keys]
 
 
-def _flat(nested: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[tuple[str, str], str]]:
-    return {
-        name: {(user, query): text for user, answers in users.items() for query, text in answers.items()}
-        for name, users in nested.items()
-    }
+def _references(path: Path) -> dict[str, pl.DataFrame]:
+    found = pl.read_parquet(path).partition_by("reference", maintain_order=True, include_key=False, as_dict=True)
+    return {str(name): scored for (name,), scored in found.items()}

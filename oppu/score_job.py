@@ -10,6 +10,7 @@ import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from oppu.cells import read_predictions, whole_record
@@ -20,7 +21,7 @@ from oppu.records import InputError
 log = logging.getLogger(__name__)
 
 
-def run(out: Path, scored: Path, submission: Path, task: str, users: Path, queries: Path) -> None:
+def run(out: Path, scored: Path, submission: Path, users: Path, queries: Path) -> None:
     """Score the setting in whose folder `out` lies. InputError names every missing or damaged cell."""
     setting, everyone = out.parent, read_users(users)
     predictions, problems = {}, []
@@ -31,12 +32,13 @@ def run(out: Path, scored: Path, submission: Path, task: str, users: Path, queri
             problems += error.problems
     if problems:
         raise InputError(problems)
-    key = scores_key(read_json(setting / "recipe.json"), file_digest(queries), predictions)
+    recipe = read_json(setting / "recipe.json")
+    key = scores_key(recipe, file_digest(queries), predictions)
     outputs = {path.name: path for path in (scored, submission, out)}
     kept = _kept(setting / ".scores", key, set(outputs))
     sweep(setting)
     if kept is None:
-        _count(out, scored, submission, task, everyone, queries)
+        _count(out, scored, submission, SimpleNamespace(**recipe["task"]), everyone, queries)
         kept = {name: path.read_bytes() for name, path in outputs.items()}
         with new_folder(setting / ".scores") as folder:
             for name, data in kept.items():
@@ -50,18 +52,16 @@ def run(out: Path, scored: Path, submission: Path, task: str, users: Path, queri
     log.info("%s: the scores of %d users are fresh", setting, len(everyone))
 
 
-def _count(out: Path, scored: Path, submission: Path, task: str, users: Sequence[str], queries: Path) -> None:
+def _count(out: Path, scored: Path, submission: Path, task: Any, users: Sequence[str], queries: Path) -> None:
+    """`task` is the recipe's: name, kind and labels are all that is read, and oppu/tasks.py takes long to import."""
     from oppu import scores  # numpy and polars: half a second, so only when something must be counted
-    from oppu.split import read_queries
-    from oppu.tasks import task as task_record
 
-    record = task_record(task)
     predictions = {user: read_predictions(out.parent / "users" / user) for user in users}
-    result = scores.score(record, read_queries(queries), predictions)
+    result = scores.score(task, scores.read_queries(queries), predictions)
     table = io.BytesIO()
     result.scored.write_parquet(table)
     write_bytes(scored, table.getvalue())
-    write_json(submission, scores.submission(record, predictions))
+    write_json(submission, scores.submission(task, predictions))
     write_json(out, result.metrics, mode=0o644)
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from oppu.metrics import COLUMN, Floats, measure, values, vectors
 from oppu.records import InputError, User
-from oppu.tasks import Task
+
+if TYPE_CHECKING:
+    from oppu.tasks import Task
 
 Predictions = Mapping[str, Sequence[Mapping[str, Any]]]
 """User key -> the records of that user's predictions.jsonl: id, prediction, and cut_history / cut_query where known."""
@@ -46,6 +49,11 @@ def queries_of(users: Sequence[User]) -> pl.DataFrame:
     """The queries of users with their golds: columns user (key), id, gold."""
     rows = [(user.key, query.id, query.gold) for user in users for query in user.queries]
     return pl.DataFrame(rows, schema={"user": pl.String, "id": pl.String, "gold": pl.String}, orient="row")
+
+
+def read_queries(path: Path) -> pl.DataFrame:
+    """The test users' queries, from queries.parquet: user, id, input, gold; all text."""
+    return pl.read_parquet(path)
 
 
 def score(task: Task, queries: pl.DataFrame, predictions: Predictions) -> Scores:

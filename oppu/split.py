@@ -225,11 +225,6 @@ def _json(value: object, indent: int | None = None) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def read_queries(path: Path) -> pl.DataFrame:
-    """The test users' queries, from queries.parquet: user, id, input, gold; all text."""
-    return pl.read_parquet(path)
-
-
 def run(data: Path, task: str, settings: Split, out: Path, mended: str = "-") -> None:
     """Read LaMP's files of a task, split them, write the files of the split, and log the counts."""
     record = task_named(task)

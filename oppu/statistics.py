@@ -19,7 +19,7 @@ import polars as pl
 from oppu import provenance
 from oppu.files import read_json, read_user, write_bytes, write_json
 from oppu.records import InputError
-from oppu.split import read_queries
+from oppu.scores import read_queries
 from oppu.tables import write_csv
 
 Lengths = Callable[[Sequence[str]], list[int]]

@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from oppu.records import InputError, Item
 
-METRICS = {"classification": ("accuracy", "f1"), "rating": ("MAE", "RMSE"), "generation": ("rouge-1", "rouge-L")}
-
 
 def fields_of(template: str) -> list[str]:
     """The named fields of a template, in order; a positional or formatted field is refused."""
@@ -105,11 +103,6 @@ class Task(Closed):
         if problems:
             raise ValueError(f"task {self.name}: " + "; ".join(problems))
         return self
-
-    @property
-    def metrics(self) -> tuple[str, str]:
-        """LaMP's names of the task's two metrics."""
-        return METRICS[self.kind]
 
     @property
     def pair(self) -> bool:

@@ -14,9 +14,9 @@ import polars as pl
 from oppu import devices
 from oppu.cells import pool_of
 from oppu.files import read_json, read_user, write_bytes
+from oppu.metrics import METRICS
 from oppu.profiles import profile_of
-from oppu.scores import score
-from oppu.split import read_queries
+from oppu.scores import read_queries, score
 from oppu.tasks import tasks
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,6 @@ def run(
         rows += [
             {"task": task.name, "augmentation": values["augmentation"], "lr": lr, "epochs": count}
             | {"metric": name, "value": metrics[name], "rank": point["training"].get("rank"), "peft": values["peft"]}
-            for name in task.metrics
+            for name in METRICS[task.kind]
         ]
     write_bytes(out, pl.DataFrame(rows).write_csv().encode(), mode=0o644)

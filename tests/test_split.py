@@ -13,10 +13,10 @@ from oppu.config import Split
 from oppu.files import read_base, read_user, read_users
 from oppu.lamp import read
 from oppu.records import InputError, Item, Query, User
+from oppu.scores import read_queries
 from oppu.split import (
     SplitResult,
     common_history,
-    read_queries,
     run,
     split,
     user_key,

@@ -38,7 +38,7 @@ rule score:
         version=keys.SCORING,
     shell:
         "oppu score-setting {output.scores:q} --scored {output.scored:q} --submission {output.submission:q}"
-        " --task {wildcards.task:q} --users {input.users:q} --queries {input.queries:q} > {log:q} 2>&1"
+        " --users {input.users:q} --queries {input.queries:q} > {log:q} 2>&1"
 
 
 # What can be said without any model, from the same data.
@@ -49,14 +49,17 @@ rule references:
         queries=f"{SPLIT}/queries.parquet",
         base=base_users,
     output:
-        f"{TASK}/references.json",
+        f"{TASK}/references.parquet",
     log:
         f"{LOGS}/{{task}}/references.log",
     conda:
         "../../envs/light.yaml"
+    params:
+        version=keys.SCORING,
+        record=lambda w: as_json(tasks.task(w.task).model_dump()),
     shell:
-        "oppu references {output:q} --task {wildcards.task:q} --base-users {input.base:q} {input.histories:q}"
-        " > {log:q} 2>&1"
+        "oppu references {output:q} --task {wildcards.task:q} --base-users {input.base:q} --queries {input.queries:q}"
+        " {input.histories:q} > {log:q} 2>&1"
 
 
 rule tables:
@@ -66,7 +69,7 @@ rule tables:
             task=TASKS,
             setting=SETTINGS,
         ),
-        references=expand(f"{TASK}/references.json", task=TASKS),
+        references=expand(f"{TASK}/references.parquet", task=TASKS),
         paper=paper_table("table1"),
     output:
         tables=report(TABLES[:3], caption="../report/tables.rst", category="Tables"),
@@ -74,6 +77,7 @@ rule tables:
         text=report(TABLES[4], caption="../report/tables.rst", category="Tables"),
         table1=report(TABLES[5:8], caption="../report/table1_page.rst", category="Tables"),
         figure=report(TABLES[-1], caption="../report/table1.rst", category="Figures"),
+        plots=expand(f"{TASK}/plot.csv", task=TASKS),
         provenance=update(f"{RESULTS}/tables/provenance.json"),
     log:
         f"{LOGS}/tables.log",
@@ -91,21 +95,6 @@ rule tables:
         "oppu tables {params.results:q} --tasks {params.tasks:q} --settings {params.settings:q}"
         " --bootstrap {params.bootstrap:q} --seed {params.seed:q} --significance {params.significance:q}"
         " {params.paper:q} > {log:q} 2>&1"
-
-
-# A task's scores and intervals alone, for `dvc plots`: what another task changes (p_holm) is not in it.
-rule plot:
-    input:
-        TABLES[0],
-    output:
-        f"{TASK}/plot.csv",
-    log:
-        f"{LOGS}/{{task}}/plot.log",
-    conda:
-        "../../envs/oppu.yaml"
-    shell:
-        "awk -F, -v task={wildcards.task:q} 'NR == 1 || $1 == task' {input:q} 2> {log:q}"
-        " | cut -d, -f1-8 > {output:q} 2>> {log:q}"
 
 
 # What there is to learn from, per task: Table 5.
