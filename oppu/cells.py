@@ -73,7 +73,7 @@ def damage(folder: Path, artefacts: dict[str, Any]) -> list[str]:
     return [name for name, known in files if not (folder / name).is_file() or file_digest(folder / name) != known]
 
 
-def gone(folder: Path, artefacts: dict[str, Any]) -> list[str]:
+def gone(folder: Path | str, artefacts: dict[str, Any]) -> list[str]:
     """The files of a cell that are missing, by path below its folder; their bytes are not read."""
     names = (name for entry in artefacts.values() for name in entry["files"])
     return [name for name in names if not os.path.isfile(f"{folder}/{name}")]  # noqa: PTH113 (a Path takes three times as long)

@@ -225,8 +225,7 @@ class _Cells:
         except (OSError, ValueError, KeyError):
             return names
         known = record.get("artefacts", {})
-        folder = self.folder / "users" / user
-        wrong = []
+        folder, wrong = f"{self.folder}/users/{user}", []
         for name in names:
             entry = known.get(name)
             if entry is None or entry["key"] != wanted[name] or gone(folder, {name: entry}):
