@@ -1,6 +1,6 @@
 """SIGKILL anywhere: one documented command goes on, and what comes out is what an uninterrupted run makes.
 
-A few points in the ordinary tests; `make faults` takes fifty. OPPU_FAULT_SEED repeats a run's points.
+Ten points in the ordinary tests; `make faults` takes fifty. OPPU_FAULT_SEED repeats a run's points.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ from tests.workflow.project import TEST_USERS, Project
 
 FIRST = "first adapter"
 """Personal training at the moment when one user is finished and others are not."""
-FEW = ["split", "base", FIRST, "personal", "prediction", "report"]
-MANY = ["split", "base", "base", "personal", FIRST, "personal", "prediction", "prediction", "scoring", "report"]
+POINTS = ["split", "base", "base", "personal", FIRST, "personal", "prediction", "prediction", "scoring", "report"]
 CHAINS = {  # dtype, minutes between checkpoints (0: after every pass; 10: never in so short a run), points
-    "few": [("float32", 0, FEW)],
+    "ten": [("float32", 0, POINTS)],
     "fifty": [
-        ("float32", 0, MANY),
-        ("float32", 10, MANY),
-        ("float64", 0, MANY),
-        ("float64", 10, MANY),
-        ("float32", 10, MANY),
+        ("float32", 0, POINTS),
+        ("float32", 10, POINTS),
+        ("float64", 0, POINTS),
+        ("float64", 10, POINTS),
+        ("float32", 10, POINTS),
     ],
-}[os.environ.get("OPPU_FAULTS", "few")]
+}[os.environ.get("OPPU_FAULTS", "ten")]
 BOUND = {"float32": 1e-4, "float64": 1e-12}
 SEED = int(os.environ.get("OPPU_FAULT_SEED") or random.SystemRandom().randrange(10**6))
 hits: Counter[str] = Counter()

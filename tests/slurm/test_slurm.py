@@ -1,5 +1,7 @@
 """The workflow on a real Slurm of two nodes, through the shipped profile: jobs that are killed are run again.
 
+Without accounting, and once more with it (slurmdbd and a database).
+
 Runs where Slurm is installed or may be (OPPU_TEST_SLURM=install, root, Debian); says elsewhere that it was skipped.
 """
 
@@ -37,9 +39,9 @@ def call(*command: object, **more: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def slurm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment variables under which Snakemake finds the cluster, and the plugin that nothing else should find."""
-    installed = all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch")))
+    installed = all(map(shutil.which, ("slurmctld", "slurmd", "slurmdbd", "munged", "sbatch", "mariadbd")))
     if os.getuid() != 0:
         pytest.skip("SLURM IS NOT TESTED: starting one needs root")
     if not installed:
@@ -55,10 +57,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     )
     if done.returncode:
         pytest.skip(f"SLURM IS NOT TESTED: no plugin: {done.stderr.strip()[-300:]}")
-    done = subprocess.run([CLUSTER, "start", folder], capture_output=True, text=True, check=False)
+    with (folder / "start.log").open("w") as log:  # no pipe: daemons would hold it open
+        done = subprocess.run(
+            [CLUSTER, "start", folder, request.param], stdout=log, stderr=log, timeout=300, check=False
+        )
+    said = (folder / "start.log").read_text()
     if done.returncode == 3:
-        pytest.skip(f"SLURM IS NOT TESTED: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stdout + done.stderr
+        pytest.skip(f"SLURM IS NOT TESTED: {said.strip()}")
+    assert done.returncode == 0, said
     path = os.pathsep.join([str(ROOT), str(folder / "plugin")])
     yield {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": path, "OPPU_SLURM_CHECK_SECONDS": "9"}
     call(CLUSTER, "stop", folder)
@@ -113,6 +119,7 @@ def wait(what: Callable[[], object], run: subprocess.Popen[str], seconds: float 
     return found
 
 
+@pytest.mark.parametrize("slurm", ["plain"], indirect=True, scope="module")
 def test_a_job_above_its_memory_gets_more(project: OnSlurm) -> None:
     """The base needs more than it asks for first, and less than it asks for last."""
     project.variables |= {"OPPU_SLURM_MEM_MB": str(FIRST)}
@@ -125,6 +132,7 @@ def test_a_job_above_its_memory_gets_more(project: OnSlurm) -> None:
     del project.variables["OPPU_SLURM_MEM_MB"]
 
 
+@pytest.mark.parametrize("slurm", ["plain", "accounting"], indirect=True, scope="module")
 def test_a_cancelled_job_and_one_whose_node_died_are_run_again(project: OnSlurm) -> None:
     project.variables |= {"OPPU_SLURM_PARTITION": "small", "OPPU_SLURM_GPU_PARTITION": "gpus"}
     project.forget_logs()
