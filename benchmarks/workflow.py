@@ -12,7 +12,8 @@ and generating are replaced (no_models.py). Timed, each as a command of its own:
     dry_run_done     -n with everything done
     no_change        a run with everything done
     one_user         a run after one test user of one task has got one more item
-    check_all_cells  -R cells: every cell's key and files are checked, nothing is trained
+    check_all_cells  -R cells --until cells: every cell's key and files are checked, nothing is trained
+    check_and_score  -R cells: the same, and every setting's scores and the tables after it
     verify           oppu verify: every cell's files are checked
     status           oppu status: every cell's key is checked, and whether its files are there
 
@@ -191,12 +192,13 @@ def measure(project: Project) -> tuple[Meter, dict[str, Any]]:
         "dry_run_done": lambda: project.run("-n", "--quiet", "rules"),
         "no_change": project.run,
         "one_user": project.run,
-        "check_all_cells": lambda: project.run("-R", "cells"),
+        "check_all_cells": lambda: project.run("-R", "cells", "--until", "cells"),
+        "check_and_score": lambda: project.run("-R", "cells"),
         "verify": lambda: project.command("oppu", "verify"),
         "status": lambda: project.command("oppu", "status"),
     }
     if options.users_per_job != 100:
-        del sides["check_all_cells"]
+        del sides["check_all_cells"], sides["check_and_score"]
     for _ in range(options.repeats):
         for name, run in sides.items():
             if name == "one_user":
