@@ -180,7 +180,8 @@ def run(
         if lead.lines and stale:
             cells, more = job.open(path for path in histories if path.stem not in failed)  # as other ranks left them
             failed |= more
-        _finish(stamp, cells, failed, {cell.user.key for cell in stale}, job.setting, mended)
+        failed = _unmade(cells, {cell.user.key for cell in stale}) | failed
+        _finish(stamp, names, cells, failed, job.setting, mended)
 
 
 def _given(job: Job, histories: Sequence[Path]) -> dict[str, str]:
@@ -199,17 +200,15 @@ def _tell_warm(stale: Sequence[Cell]) -> None:
         log.info("%d go on from their adapters: %d new items, %d old ones again", len(lessons), learned - again, again)
 
 
-def _finish(
-    stamp: Path, cells: Sequence[Cell], failed: dict[str, str], asked: set[str], setting: Path, mended: str
-) -> None:
-    """Write the stamp if all cells are fresh; UsersFailed with every user whose cell is not.
+def _unmade(cells: Sequence[Cell], asked: set[str]) -> dict[str, str]:
+    """Of the users whose cells were stale, those whose cells still are; the others were fresh and are not read again."""
+    return {c.user.key: f"not made: {', '.join(left)}" for c in cells if c.user.key in asked and (left := c.stale)}
 
-    `asked` are the users whose cells were stale: only these are looked at again.
-    """
-    names = sorted({cell.user.key for cell in cells} | set(failed))
-    for cell in cells:
-        if cell.user.key in asked - set(failed) and (left := cell.stale):
-            failed[cell.user.key] = f"not made: {', '.join(left)}"
+
+def _finish(
+    stamp: Path, names: Sequence[str], cells: Sequence[Cell], failed: dict[str, str], setting: Path, mended: str
+) -> None:
+    """Write the stamp if no user failed; UsersFailed otherwise."""
     if failed:
         lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
         raise UsersFailed([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"], failed)
@@ -223,4 +222,4 @@ def _finish(
     }
     # A record's sha256 tells when another version's cells were put there (dvc checkout).
     files |= {f"../users/{c.user.key}/cell.json": file_digest(c.folder / "cell.json") for c in cells}
-    write_json(stamp, {"users": names, "files": files, "mended": mended})
+    write_json(stamp, {"users": sorted(names), "files": files, "mended": mended})
