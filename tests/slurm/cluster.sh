@@ -143,5 +143,5 @@ case ${1-} in
     install) install ;;
     start) start "$(realpath "$2")" "${3-}" ;;
     stop) stop "$(realpath "$2")" ;;
-    *) sed -n '2,7s/^# //p' "$0"; exit 2 ;;
+    *) sed -n '2,9s/^# //p' "$0"; exit 2 ;;
 esac
