@@ -201,7 +201,7 @@ def _tell_warm(stale: Sequence[Cell]) -> None:
 
 
 def _unmade(cells: Sequence[Cell], asked: set[str]) -> dict[str, str]:
-    """Of the users whose cells were stale, those whose cells still are; the others were fresh and are not read again."""
+    """Of the users whose cells were stale, those whose cells still are; fresh ones are not read again."""
     return {c.user.key: f"not made: {', '.join(left)}" for c in cells if c.user.key in asked and (left := c.stale)}
 
 
