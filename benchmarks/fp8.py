@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from oppu import float8, lamp
 from oppu.bank import LoraBank
-from oppu.config import Generation, Lora, Split, load, parse_augmentation
+from oppu.config import Generation, Split, load, parse_augmentation
 from oppu.examples import Context, history_examples, query_prompts
 from oppu.generation import generate
 from oppu.models import load_model, load_tokenizer
@@ -37,6 +37,7 @@ from oppu.rows import Example, plan
 from oppu.split import split
 from oppu.tasks import task
 from oppu.training import train
+from oppu.training_settings import Lora
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "data/models/oppu-tiny")

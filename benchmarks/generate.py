@@ -28,10 +28,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from oppu.bank import LoraBank
 from oppu.cache import left_padded
-from oppu.config import Lora
 from oppu.decoding import Asked, batches, decode
 from oppu.models import load_model
 from oppu.tasks import task as task_named
+from oppu.training_settings import Lora
 
 Answers = list[list[int]]
 

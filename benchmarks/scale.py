@@ -22,9 +22,10 @@ from common import SHAPES, finish, histories, interleaved, model_of, parser, rat
 from transformers import PreTrainedModel
 
 from oppu.bank import LoraBank
-from oppu.config import Config, Lora
+from oppu.config import Config
 from oppu.rows import Example, plan
 from oppu.training import train
+from oppu.training_settings import Lora
 
 SIZES = {"cpu": [1, 10, 100, 1000], "cuda": [1, 16, 64, 256]}
 MIB = 2**20

@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 
 from oppu import lamp
 from oppu.bank import LoraBank
-from oppu.config import Config, Lora, Split, parse_augmentation
+from oppu.config import Config, Split, parse_augmentation
 from oppu.examples import Context, history_examples
 from oppu.models import load_model, load_tokenizer, target_linears
 from oppu.rows import Example, plan
 from oppu.split import split
 from oppu.tasks import task
 from oppu.training import train
+from oppu.training_settings import Lora
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "data/models/oppu-tiny")

@@ -33,10 +33,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from oppu import budget, models, training
 from oppu.bank import LoraBank
 from oppu.budget import checkpointed
-from oppu.config import Lora
 from oppu.models import freeze
 from oppu.rows import Chunk, Example, Piece, passes, plan
 from oppu.training import train
+from oppu.training_settings import Lora
 
 Users = Sequence[Sequence[Example]]
 Plans = list[list[list[int]]]

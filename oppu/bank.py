@@ -26,9 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from oppu.config import Lora
 from oppu.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, default_targets, sizes_of, target_linears
 from oppu.records import InputError
+from oppu.training_settings import Lora
 
 State = dict[str, Tensor]
 PREFIX = "base_model.model."

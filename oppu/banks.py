@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from oppu.bank import PREFIX, Bank, LoraBank
-from oppu.config import Ia3, Lora, Training, VirtualPrompt
 from oppu.models import ia3_targets, sizes_of, target_linears
+from oppu.training_settings import Ia3, Lora, Training, VirtualPrompt
 
 
 def bank_for(model: PreTrainedModel, settings: Training, users: int, seed: int) -> Bank:

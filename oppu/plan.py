@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from oppu.config import Config, Training
+from oppu.config import Config
 from oppu.plan_counts import PASS, Task, Work
 from oppu.plan_data import PAPER_USERS, data_of, tokenizer_of
 from oppu.records import InputError
 from oppu.setting import OWN, parse_augmentation, seeded
 from oppu.shape import BYTES, Shape, known, shape_of
 from oppu.tasks import task as task_named
+from oppu.training_settings import Training
 
 HOUR = 3600.0
 TRAINED = 4

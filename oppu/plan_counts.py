@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
-from oppu.config import Config, PromptTraining, Training
+from oppu.config import Config
 from oppu.examples import Context, history_examples, query_examples, query_prompts
 from oppu.plan_data import Data, spread
 from oppu.profiles import extractive
@@ -17,6 +17,7 @@ from oppu.rows import Chunk, Example, next_batch, passes, plan, virtual
 from oppu.seeds import seed_text
 from oppu.setting import parse_augmentation
 from oppu.tasks import task as task_named
+from oppu.training_settings import PromptTraining, Training
 
 USERS = 16
 """Users that a count is taken from, where it is taken from a part."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from oppu.config import TRAININGS, Config, Lora, Training
+from oppu.config import Config
 from oppu.keys import VERSIONS, versions
 from oppu.setting import CONTROLS, parse_augmentation, seeded
 from oppu.tasks import Task, tasks
+from oppu.training_settings import TRAININGS, Lora, Training
 
 RUNTIME = {"tokens_per_batch", "checkpoint_minutes"}
 START = {"start", "replay"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from oppu.config import Ia3, Lora, Training, VirtualPrompt
 from oppu.records import InputError
+from oppu.training_settings import Ia3, Lora, Training, VirtualPrompt
 
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
 """Model types whose layers are q, k, v, o, gate, up and down projections."""

@@ -16,10 +16,10 @@ from oppu.attention import attention_over, takes_blocks
 from oppu.bank import Bank
 from oppu.budget import Budget, checkpointed
 from oppu.checkpoints import Checkpoint
-from oppu.config import Training
 from oppu.models import head_at
 from oppu.packing import assemble
 from oppu.rows import Chunk, Example, Piece, next_batch, step_seed
+from oppu.training_settings import Training
 
 Progress = Callable[[int, int, int], None]
 """Called after every pass with (user steps done, user steps in all, example tokens trained on)."""

@@ -19,8 +19,8 @@ from peft import (
 from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from oppu.config import Ia3Training, Lora, PromptTraining, Training
 from oppu.rows import Example
+from oppu.training_settings import Ia3Training, Lora, PromptTraining, Training
 
 
 def peft_config(of: Training) -> PeftConfig:

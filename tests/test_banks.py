@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Pre
 from oppu.attention import attention_over
 from oppu.bank import Bank, load_adapter, save_adapter
 from oppu.banks import bank_for
-from oppu.config import Generation, PromptTraining, Training
+from oppu.config import Generation
 from oppu.generation import generate
 from oppu.models import head_at, ia3_targets
 from oppu.packing import assemble
 from oppu.records import InputError
 from oppu.rows import Chunk, Example, passes, plan, virtual
 from oppu.training import train
+from oppu.training_settings import PromptTraining, Training
 from tests.oracle import distance, peft_config, train_alone
 from tests.test_generation import some_prompts
 from tests.test_generation import tokenizer as tokenizer

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from oppu import training
 from oppu.bank import LoraBank, save_adapter
 from oppu.banks import bank_for
-from oppu.config import Config, Lora, load
+from oppu.config import Config, load
 from oppu.config_files import read_config
 from oppu.examples import Context, history_examples
 from oppu.models import load_tokenizer
@@ -32,6 +32,7 @@ from oppu.rows import plan
 from oppu.seeds import seed_text
 from oppu.shape import known, llama_like, shape_of
 from oppu.tasks import task
+from oppu.training_settings import Lora
 from tests.lamp_files import write_task
 from tests.tiny_models import CONFIGS, settings_of, tiny_config, tiny_llama
 

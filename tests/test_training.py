@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oppu.bank import LoraBank
-from oppu.config import Lora
 from oppu.records import InputError
 from oppu.rows import Example, plan
 from oppu.training import Trained, train
+from oppu.training_settings import Lora
 from tests.oracle import distance, train_alone
 from tests.tiny_models import settings, some_examples, tiny_llama
 

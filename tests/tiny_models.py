@@ -20,9 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from oppu.config import Ia3Training, Lora, PromptTraining, Training
 from oppu.models import freeze
 from oppu.rows import Example, virtual
+from oppu.training_settings import Ia3Training, Lora, PromptTraining, Training
 
 VOCAB, EOS = 97, 2
 
