@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -13,9 +14,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oppu.records import InputError, User
+
+if TYPE_CHECKING:  # every check reads files, few make tables
+    import polars as pl
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +91,13 @@ def write_if_changed(path: Path, data: bytes) -> bool:
         return False
     write_bytes(path, data)
     return True
+
+
+def parquet(table: pl.DataFrame) -> bytes:
+    """A table as the bytes of a parquet file."""
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    return buffer.getvalue()
 
 
 def read_json(path: Path) -> Any:

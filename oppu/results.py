@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import textwrap
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import polars as pl
 
 from oppu import provenance, tables
 from oppu.boards import Bootstrap, Setting
-from oppu.files import read_base, read_user, read_users, sweep, write_bytes
+from oppu.files import parquet, read_base, read_user, read_users, sweep, write_bytes
 from oppu.plots import table1_figure, write_figure
 from oppu.scores import read_queries, score_texts
 from oppu.setting import seeded
@@ -29,9 +28,7 @@ def references(out: Path, task: str, base_users: Path, queries: Path, histories:
     scored = (
         score_texts(record, asked, texts).scored.with_columns(reference=pl.lit(name)) for name, texts in found.items()
     )
-    table = io.BytesIO()
-    pl.concat(scored).write_parquet(table)
-    write_bytes(out, table.getvalue())
+    write_bytes(out, parquet(pl.concat(scored)))
 
 
 def tables_of(

@@ -6,7 +6,6 @@ kept in `.scores/` beside them, with its key; while that holds, it is laid out a
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from oppu.cells import read_predictions, whole_record
-from oppu.files import file_digest, new_folder, read_json, read_users, sweep, write_bytes, write_json
+from oppu.files import file_digest, new_folder, parquet, read_json, read_users, sweep, write_bytes, write_json
 from oppu.keys import scores_key
 from oppu.records import InputError
 
@@ -58,9 +57,7 @@ def _count(out: Path, scored: Path, submission: Path, task: Any, users: Sequence
 
     predictions = {user: read_predictions(out.parent / "users" / user) for user in users}
     result = scores.score(task, scores.read_queries(queries), predictions)
-    table = io.BytesIO()
-    result.scored.write_parquet(table)
-    write_bytes(scored, table.getvalue())
+    write_bytes(scored, parquet(result.scored))
     write_json(submission, scores.submission(task, predictions))
     write_json(out, result.metrics, mode=0o644)
 

@@ -7,7 +7,6 @@ that user's cohort only.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import re
@@ -19,7 +18,7 @@ import polars as pl
 
 from oppu import lamp
 from oppu.config import Split
-from oppu.files import sweep, write_if_changed
+from oppu.files import parquet, sweep, write_if_changed
 from oppu.lamp import Question
 from oppu.records import InputError, Item, Query, User
 from oppu.tasks import Task, fields_of, render
@@ -204,8 +203,7 @@ def write(result: SplitResult, task: Task, out: Path, mended: str = "-") -> None
         raise ValueError(f"not a user key: {bad[0]!r}")
     histories = {f"{user.key}.json": _json(user.as_json(golds=False), indent=1) for user in result.test}
     base = b"".join(_json(user.as_json(golds=True)) for user in result.base)
-    queries = io.BytesIO()
-    pl.DataFrame(rows, schema=_QUERIES, orient="row").write_parquet(queries)
+    queries = parquet(pl.DataFrame(rows, schema=_QUERIES, orient="row"))
     summary = {"task": task.name, "users": sorted(keys), "base_users": len(result.base), "queries": len(rows)}
     folder = out.parent / "histories"
     for written in (out.parent, folder):
@@ -216,7 +214,7 @@ def write(result: SplitResult, task: Task, out: Path, mended: str = "-") -> None
         if stale.name not in histories:
             stale.unlink()
     write_if_changed(out.parent / "base.jsonl", base)
-    write_if_changed(out.parent / "queries.parquet", queries.getvalue())
+    write_if_changed(out.parent / "queries.parquet", queries)
     files = ["base.jsonl", "queries.parquet", *(f"histories/{name}" for name in sorted(histories))]
     write_if_changed(out, _json(summary | {"counts": result.counts, "files": files, "mended": mended}, indent=1))
 
