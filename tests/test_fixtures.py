@@ -134,7 +134,7 @@ PERSONAL = {"rank": 16, "lr": 1e-2, "epochs": 3, "batch_size": 8, "weight_decay"
 TUNED = {
     "LaMP_1": ({"max_items": 3}, {"epochs": 8, "batch_size": 4}),
     "LaMP_2M": ({}, {"epochs": 12, "batch_size": 4}),
-    "LaMP_3": ({}, {"epochs": 8, "batch_size": 4}),
+    "LaMP_3": ({"epochs": 5}, {"epochs": 8, "batch_size": 4}),
     "LaMP_7": ({"epochs": 6, "max_items": 10}, {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
 }
 """Per task what differs from BASE and PERSONAL."""
