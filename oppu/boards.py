@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from oppu.metrics import user_values
+from oppu.metrics import Floats, user_values, vectors
 from oppu.records import InputError
-from oppu.scores import UserSums, user_sums
-from oppu.significance import Difference, Estimate, differences, draws, estimates, swaps
+from oppu.scores import KEYS
+from oppu.significance import Difference, Estimate, differences, draws, estimates, resampled, swaps
 from oppu.tasks import Task
 
 References = Mapping[str, Mapping[str, pl.DataFrame]]
@@ -22,7 +22,7 @@ References = Mapping[str, Mapping[str, pl.DataFrame]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One scored setting of a task; `scored` is what `scores.score` gives (scored.parquet).
+    """One scored setting of a task; `scored` is what `scores.score` gives (scored.jsonl, as a table).
 
     `repeat` is the number of its training seed, 0 for the first, whose numbers the tables show.
     """
@@ -37,6 +37,14 @@ class Setting:
     def __str__(self) -> str:
         seed = f"-s{self.repeat}" if self.repeat else ""
         return f"{self.task.name}/{self.augmentation}{seed}/{self.peft}/{self.history}"
+
+
+@dataclass(frozen=True)
+class UserSums:
+    """Per-user sums of query statistics: users sorted by key, sums [U, S]."""
+
+    users: list[str]
+    sums: Floats
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Board:
     references: dict[str, UserSums]
     weights: Any
     swapped: Any
+    kept: dict[int, tuple[UserSums, dict[str, Floats]]] = field(default_factory=dict)
 
     def counterpart(self, augmentation: str, history: str) -> UserSums | None:
         """The same setting without a personal adapter. Without retrieval the prompt holds no history, so k0 has one
@@ -68,7 +77,7 @@ class Board:
 
     def estimates(self, own: UserSums) -> dict[str, Estimate]:
         """Each metric of one of the board's sums, with its interval."""
-        return estimates(self.task, own.sums, self.weights)
+        return estimates(self.task, own.sums, self._drawn(own))
 
     def user_means(self, own: UserSums) -> dict[str, float]:
         """Each metric as the mean of the users' own values."""
@@ -76,7 +85,13 @@ class Board:
 
     def differences(self, own: UserSums, other: UserSums) -> dict[str, Difference]:
         """Each metric of one minus the other, paired over users and tested."""
-        return differences(self.task, own.sums, other.sums, self.weights, self.swapped)
+        return differences(self.task, own.sums, other.sums, self._drawn(own), self._drawn(other), self.swapped)
+
+    def _drawn(self, own: UserSums) -> dict[str, Floats]:
+        """Each metric of one of the board's sums in each resample; kept, since every difference to it needs them."""
+        if id(own) not in self.kept:
+            self.kept[id(own)] = own, resampled(self.task, own.sums, self.weights)
+        return self.kept[id(own)][1]
 
     def only(self, chosen: set[str], how: Bootstrap) -> Board:
         """The board of some of its users."""
@@ -108,6 +123,15 @@ def boards(settings: Sequence[Setting], references: References, how: Bootstrap) 
     if problems:
         raise InputError(problems)
     return [_board(group, references.get(name, {}), how) for name, group in by_task.items()]
+
+
+def user_sums(task: Task, scored: pl.DataFrame) -> UserSums:
+    """Per-user sums of a scored table, on which metrics, intervals and differences are computed."""
+    users, index = np.unique(scored["user"].to_numpy(), return_inverse=True)
+    rows = vectors(task, {name: scored[name].to_numpy() for name in scored.columns if name not in KEYS})
+    sums = np.zeros((len(users), rows.shape[1]))
+    np.add.at(sums, index, rows)
+    return UserSums(users.tolist(), sums)
 
 
 def _board(group: list[Setting], references: Mapping[str, pl.DataFrame], how: Bootstrap) -> Board:

@@ -7,7 +7,6 @@ whole. Only stale artefacts are made, all stale users of a cohort together; torc
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from oppu import keys
-from oppu.files import digest, file_digest, folder_digests, read_base, read_json, write_json
+from oppu.files import digest, file_digest, folder_digests, read_base, read_json, read_jsonl, write_json
 from oppu.profiles import profile_of
 from oppu.records import InputError, Item, User
 from oppu.setting import OWN
@@ -195,7 +194,7 @@ def whole_record(folder: Path) -> dict[str, Any]:
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """The predictions of a cell that `whole_record` found whole."""
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_jsonl(folder / "predictions.jsonl")
 
 
 def verify(results: Path) -> tuple[int, list[str]]:

@@ -99,7 +99,7 @@ def users(folder: Annotated[Path, typer.Argument(help="results folder of a task,
 @app.command()
 def score(
     predictions: Annotated[Path, typer.Argument(exists=True, help="LaMP's submission format, a list, or JSON lines")],
-    outputs: Annotated[Path, typer.Argument(exists=True, help="golds: LaMP's …_outputs.json[.gz], or queries.parquet")],
+    outputs: Annotated[Path, typer.Argument(exists=True, help="golds: LaMP's …_outputs.json[.gz], or queries.jsonl")],
     task: TaskName,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

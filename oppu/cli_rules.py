@@ -29,7 +29,7 @@ Histories = Annotated[list[Path], typer.Argument(help="the users: split/historie
 def split(
     data: Annotated[Path, typer.Argument(help="folder with LaMP's files")],
     task: Annotated[str, typer.Argument(help="name of the task")],
-    out: Annotated[Path, typer.Argument(help="users.json; histories/, base.jsonl and queries.parquet stand beside it")],
+    out: Annotated[Path, typer.Argument(help="users.json; histories/, base.jsonl and queries.jsonl stand beside it")],
     settings: Annotated[str, typer.Option(help="the `split` part of the config, as JSON")] = "{}",
     mended: Mended = "-",
 ) -> None:
@@ -130,7 +130,7 @@ def pooled(
 def score_setting(
     out: Annotated[Path, typer.Argument(help="scores.json; its folder holds the setting's users/")],
     users: Annotated[Path, typer.Option(help="users.json")],
-    queries: Annotated[Path, typer.Option(help="queries.parquet: users' queries and golds")],
+    queries: Annotated[Path, typer.Option(help="queries.jsonl: users' queries and golds")],
     scored: Annotated[Path, typer.Option(help="table of every query with its prediction")],
     submission: Annotated[Path, typer.Option(help="predictions in LaMP's own submission format")],
 ) -> None:
@@ -142,11 +142,11 @@ def score_setting(
 
 @rules.command(rich_help_panel=PANEL)
 def references(
-    out: Annotated[Path, typer.Argument(help="references.parquet")],
+    out: Annotated[Path, typer.Argument(help="references.jsonl")],
     histories: Histories,
     task: TaskName,
     base_users: BaseUsers,
-    queries: Annotated[Path, typer.Option(help="queries.parquet: users' queries and golds")],
+    queries: Annotated[Path, typer.Option(help="queries.jsonl: users' queries and golds")],
 ) -> None:
     """Predict every query without any model, and score it: the reference lines."""
     from oppu import results
@@ -180,7 +180,7 @@ def statistics(
     histories: Histories,
     task: TaskName,
     base_users: BaseUsers,
-    queries: Annotated[Path, typer.Option(help="queries.parquet")],
+    queries: Annotated[Path, typer.Option(help="queries.jsonl")],
     model: Annotated[str, typer.Option(help="model whose tokens are counted: hub id or folder")],
     revision: Annotated[str | None, typer.Option(help="commit of the model on the hub")] = None,
 ) -> None:
@@ -210,7 +210,7 @@ def tune(
     recipe: Recipe,
     base: Base,
     base_users: BaseUsers,
-    queries: Annotated[Path, typer.Option(help="queries.parquet")],
+    queries: Annotated[Path, typer.Option(help="queries.jsonl")],
     lr: Annotated[str, typer.Option(help="learning rates, with spaces between them")],
     epochs: Annotated[str, typer.Option(help="epochs, with spaces between them")],
     profiles: Profiles = None,

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from oppu.records import InputError, User
-
-if TYPE_CHECKING:  # every check reads files, few make tables
-    import polars as pl
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +89,15 @@ def write_if_changed(path: Path, data: bytes) -> bool:
     return True
 
 
-def parquet(table: pl.DataFrame) -> bytes:
-    """A table as the bytes of a parquet file."""
-    buffer = io.BytesIO()
-    table.write_parquet(buffer)
-    return buffer.getvalue()
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Records as JSON lines."""
+    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(lines).encode()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of JSON lines. Only a line feed ends a line: texts may hold what str.splitlines takes for one."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def read_json(path: Path) -> Any:
@@ -195,4 +195,4 @@ def read_user(path: Path) -> User:
 
 def read_base(path: Path) -> list[User]:
     """The base users, with golds, from base.jsonl."""
-    return [User.from_json(json.loads(line)) for line in path.read_bytes().split(b"\n") if line]
+    return [User.from_json(record) for record in read_jsonl(path)]

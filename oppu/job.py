@@ -5,7 +5,6 @@ Everything up to there is done before torch is imported: a check that nothing is
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from oppu.files import (
     digest,
     file_digest,
     held,
+    jsonl,
     new_folder,
     read_json,
     read_user,
@@ -127,8 +127,7 @@ class Job:
         predictions, more = cohort.predict([cell.user.key for cell in waiting])
         failed |= more
         for cell in (cell for cell in waiting if cell.user.key not in failed):
-            lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in predictions[cell.user.key]]
-            write_bytes(cell.folder / "predictions.jsonl", "".join(lines).encode())
+            write_bytes(cell.folder / "predictions.jsonl", jsonl(predictions[cell.user.key]))
             cell.note("predictions")
         return failed
 

@@ -86,7 +86,7 @@ def made_from(folder: Path, tasks: Sequence[str], settings: Sequence[str], how: 
 def data_of(split: Path) -> str:
     """The digest of a task's split: who is tested, with which history and golds, and who trains the base."""
     users = read_users(split / "users.json")
-    files = [split / "base.jsonl", split / "queries.parquet", *(split / f"histories/{user}.json" for user in users)]
+    files = [split / "base.jsonl", split / "queries.jsonl", *(split / f"histories/{user}.json" for user in users)]
     return digest([file_digest(file) for file in files])
 
 

@@ -11,24 +11,22 @@ import polars as pl
 
 from oppu import provenance, tables
 from oppu.boards import Bootstrap, Setting
-from oppu.files import parquet, read_base, read_user, read_users, sweep, write_bytes
+from oppu.files import jsonl, read_base, read_jsonl, read_user, read_users, sweep, write_bytes
 from oppu.plots import table1_figure, write_figure
-from oppu.scores import read_queries, score_texts
+from oppu.scores import score_texts
 from oppu.setting import seeded
 from oppu.tasks import task as task_record
 from oppu.terminal import WIDTH, terminal_table
 
 
 def references(out: Path, task: str, base_users: Path, queries: Path, histories: Sequence[Path]) -> None:
-    """Predict every query without any model, and score it; a table as scored.parquet, with the column `reference`."""
+    """Predict every query without any model, and score it; rows as in scored.jsonl, with the field `reference`."""
     from oppu.references import references as answers_of
 
-    record, asked = task_record(task), read_queries(queries)
+    record, asked = task_record(task), read_jsonl(queries)
     found = answers_of(record, [read_user(path) for path in histories], read_base(base_users))
-    scored = (
-        score_texts(record, asked, texts).scored.with_columns(reference=pl.lit(name)) for name, texts in found.items()
-    )
-    write_bytes(out, parquet(pl.concat(scored)))
+    scored = {name: score_texts(record, asked, texts).scored for name, texts in found.items()}
+    write_bytes(out, jsonl(row | {"reference": name} for name, rows in scored.items() for row in rows))
 
 
 def tables_of(
@@ -44,9 +42,9 @@ def tables_of(
     for task, setting in itertools.product(tasks, settings):
         name, peft, history = setting.split("/")
         augmentation, repeat = seeded(name)
-        table = pl.read_parquet(folder / task / setting / "scored.parquet")
+        table = _scored(folder / task / setting / "scored.jsonl")
         scored.append(Setting(task_record(task), augmentation, peft, history, table, repeat))
-    lines = {task: _references(folder / task / "references.parquet") for task in tasks}
+    lines = {task: _references(folder / task / "references.jsonl") for task in tasks}
     mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
     theirs = tables.read_csv(paper) if paper else None
     made, record = provenance.made_from(folder, tasks, settings, how), folder / "tables/provenance.json"
@@ -69,6 +67,10 @@ def _test_users(folder: Path) -> list:
     return [read_user(folder / "split" / "histories" / f"{key}.json") for key in keys]
 
 
+def _scored(path: Path) -> pl.DataFrame:
+    return pl.read_ndjson(path, infer_schema_length=None)
+
+
 def _references(path: Path) -> dict[str, pl.DataFrame]:
-    found = pl.read_parquet(path).partition_by("reference", maintain_order=True, include_key=False, as_dict=True)
+    found = _scored(path).partition_by("reference", maintain_order=True, include_key=False, as_dict=True)
     return {str(name): scored for (name,), scored in found.items()}

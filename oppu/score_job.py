@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from oppu.cells import read_predictions, whole_record
-from oppu.files import file_digest, new_folder, parquet, read_json, read_users, sweep, write_bytes, write_json
+from oppu.files import file_digest, jsonl, new_folder, read_json, read_jsonl, read_users, sweep, write_bytes, write_json
 from oppu.keys import scores_key
 from oppu.records import InputError
 
@@ -53,11 +53,11 @@ def run(out: Path, scored: Path, submission: Path, users: Path, queries: Path) -
 
 def _count(out: Path, scored: Path, submission: Path, task: Any, users: Sequence[str], queries: Path) -> None:
     """`task` is the recipe's: name, kind and labels are all that is read, and oppu/tasks.py takes long to import."""
-    from oppu import scores  # numpy and polars: half a second, so only when something must be counted
+    from oppu import scores  # numpy: only when something must be counted
 
     predictions = {user: read_predictions(out.parent / "users" / user) for user in users}
-    result = scores.score(task, scores.read_queries(queries), predictions)
-    write_bytes(scored, parquet(result.scored))
+    result = scores.score(task, read_jsonl(queries), predictions)
+    write_bytes(scored, jsonl(result.scored))
     write_json(submission, scores.submission(task, predictions))
     write_json(out, result.metrics, mode=0o644)
 

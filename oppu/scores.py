@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 
-from oppu.metrics import COLUMN, Floats, measure, values, vectors
-from oppu.records import InputError, User
+from oppu.metrics import COLUMN, measure, values, vectors
+from oppu.records import InputError
 
 if TYPE_CHECKING:
     from oppu.tasks import Task
+
+Queries = Sequence[Mapping[str, Any]]
+"""Records of queries.jsonl: user (key), id, gold, which is None where it is not known; and more."""
 
 Predictions = Mapping[str, Sequence[Mapping[str, Any]]]
 """User key -> the records of that user's predictions.jsonl: id, prediction, and cut_history / cut_query where known."""
 
 KEYS = ("user", "id", "gold", "prediction")
-"""The columns of a scored table that are no statistics."""
+"""The fields of a scored row that are no statistics."""
 
 
 @dataclass(frozen=True)
@@ -30,38 +32,20 @@ class Scores:
 
     metrics: LaMP's metric names and counts, the content of scores.json;
     scored: one row per query (user, id, gold, prediction, and what `metrics.measure` gives), sorted by user and then in
-    the order of the queries, the content of scored.parquet.
+    the order of the queries, the content of scored.jsonl.
     """
 
     metrics: dict[str, float | int]
-    scored: pl.DataFrame
+    scored: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class UserSums:
-    """Per-user sums of query statistics: users sorted by key, sums [U, S]."""
-
-    users: list[str]
-    sums: Floats
-
-
-def queries_of(users: Sequence[User]) -> pl.DataFrame:
-    """The queries of users with their golds: columns user (key), id, gold."""
-    rows = [(user.key, query.id, query.gold) for user in users for query in user.queries]
-    return pl.DataFrame(rows, schema={"user": pl.String, "id": pl.String, "gold": pl.String}, orient="row")
-
-
-def read_queries(path: Path) -> pl.DataFrame:
-    """The test users' queries, from queries.parquet: user, id, input, gold; all text."""
-    return pl.read_parquet(path)
-
-
-def score(task: Task, queries: pl.DataFrame, predictions: Predictions) -> Scores:
+def score(task: Task, queries: Queries, predictions: Predictions) -> Scores:
     """Score a setting. InputError names every user and query whose prediction is missing, surplus, given twice or no
     text, and every query without a usable gold."""
     found = _matched(task, queries, predictions)
     problems, rows = [], []
-    for user, query, gold in queries.select("user", "id", "gold").sort("user", maintain_order=True).iter_rows():
+    for asked in sorted(queries, key=itemgetter("user")):
+        user, query, gold = asked["user"], asked["id"], asked["gold"]
         try:
             if gold is None:
                 raise ValueError("there is no gold, so it cannot be scored")
@@ -71,11 +55,10 @@ def score(task: Task, queries: pl.DataFrame, predictions: Predictions) -> Scores
             problems.append(f"{task.name}: user {user}: query {query}: {error}")
     if problems:
         raise InputError(problems)
-    scored = pl.DataFrame(rows, infer_schema_length=None)
-    return Scores(summary(task, scored) | _cut(found.values()), scored)
+    return Scores(summary(task, rows) | _cut(found.values()), rows)
 
 
-def score_texts(task: Task, queries: pl.DataFrame, texts: Mapping[tuple[str, str], str]) -> Scores:
+def score_texts(task: Task, queries: Queries, texts: Mapping[tuple[str, str], str]) -> Scores:
     """`score` for predictions keyed by (user key, query id), such as the reference lines."""
     predictions: dict[str, list[dict[str, str]]] = {}
     for (user, query), text in texts.items():
@@ -83,25 +66,17 @@ def score_texts(task: Task, queries: pl.DataFrame, texts: Mapping[tuple[str, str
     return score(task, queries, predictions)
 
 
-def summary(task: Task, scored: pl.DataFrame) -> dict[str, float | int]:
-    """LaMP's metrics of a scored table, with counts: users, queries, and predictions that were no label or rating."""
+def summary(task: Task, scored: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+    """LaMP's metrics of scored rows, with counts: users, queries, and predictions that were no label or rating."""
     names = {column: name for name, column in COLUMN.items()}
-    pooled = values(task, vectors(task, _statistics(scored)).sum(0))
-    counts = {"n_users": scored["user"].n_unique(), "n_queries": len(scored)}
+    columns = {name: np.array([row[name] for row in scored]) for name in scored[0] if name not in KEYS}
+    pooled = values(task, vectors(task, columns).sum(0))
+    counts = {"n_users": len({row["user"] for row in scored}), "n_queries": len(scored)}
     if task.kind == "classification":
-        counts["unknown_labels"] = int((scored["predicted_label"] < 0).sum())
+        counts["unknown_labels"] = sum(row["predicted_label"] < 0 for row in scored)
     if task.kind == "rating":
-        counts["unreadable_ratings"] = int((~scored["readable"]).sum())
+        counts["unreadable_ratings"] = sum(not row["readable"] for row in scored)
     return {names[column]: float(value) for column, value in pooled.items()} | counts
-
-
-def user_sums(task: Task, scored: pl.DataFrame) -> UserSums:
-    """Per-user sums of a scored table, on which metrics, intervals and differences are computed."""
-    users, index = np.unique(scored["user"].to_numpy(), return_inverse=True)
-    rows = vectors(task, _statistics(scored))
-    sums = np.zeros((len(users), rows.shape[1]))
-    np.add.at(sums, index, rows)
-    return UserSums(users.tolist(), sums)
 
 
 def submission(task: Task, predictions: Predictions) -> dict[str, Any]:
@@ -122,13 +97,9 @@ def submission(task: Task, predictions: Predictions) -> dict[str, Any]:
     return {"task": task.name, "golds": [{"id": query, "output": text} for _, query, text in rows]}
 
 
-def _statistics(scored: pl.DataFrame) -> dict[str, Any]:
-    return {name: scored[name].to_numpy() for name in scored.columns if name not in KEYS}
-
-
-def _matched(task: Task, queries: pl.DataFrame, predictions: Predictions) -> dict[tuple[str, str], Mapping[str, Any]]:
+def _matched(task: Task, queries: Queries, predictions: Predictions) -> dict[tuple[str, str], Mapping[str, Any]]:
     """Predictions by (user, query id), exactly one per query."""
-    wanted = list(queries.select("user", "id").iter_rows())
+    wanted = [(query["user"], query["id"]) for query in queries]
     given = [(user, record["id"]) for user, records in predictions.items() for record in records]
     known, predicted = set(wanted), set(given)
     problems = [(key, "asked twice; query ids must be unique within a user") for key in _twice(wanted)]

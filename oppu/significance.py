@@ -9,7 +9,7 @@ the number of comparisons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,29 +79,43 @@ def p_value(sample: Floats, users: int) -> float:
     return min(1.0, max(2 * tail / len(sample), 1 / (len(sample) + 1), 2.0 ** (1 - users)))
 
 
-def estimates(task: Task, sums: Floats, weights: Floats) -> dict[str, Estimate]:
-    """Each metric pooled over all queries, with its interval. sums [U, S], weights [B, U] of `draws`."""
-    pooled, resampled = values(task, sums.sum(0)), values(task, weights @ sums)
-    return {name: Estimate(float(pooled[name]), *interval(resampled[name])) for name in pooled}
+def resampled(task: Task, sums: Floats, weights: Floats) -> dict[str, Floats]:
+    """Each metric in each resample: [B]. sums [U, S], weights [B, U] of `draws`."""
+    if weights.shape[1] != len(sums):
+        raise ValueError(f"not of the same users: sums {sums.shape}, weights {weights.shape}")
+    return values(task, weights @ sums)
+
+
+def estimates(task: Task, sums: Floats, drawn: Mapping[str, Floats]) -> dict[str, Estimate]:
+    """Each metric pooled over all queries, with its interval. sums [U, S], and what `resampled` makes of them."""
+    pooled = values(task, sums.sum(0))
+    return {name: Estimate(float(pooled[name]), *interval(drawn[name])) for name in pooled}
 
 
 def differences(
-    task: Task, sums: Floats, other: Floats, weights: Floats, swapped: Floats | None = None
+    task: Task,
+    sums: Floats,
+    other: Floats,
+    drawn: Mapping[str, Floats],
+    other_drawn: Mapping[str, Floats],
+    swapped: Floats | None = None,
 ) -> dict[str, Difference]:
     """Each metric's difference to a counterpart on the same users, in the same order; both sums [U, S].
 
+    drawn, other_drawn: what `resampled` makes of them, with the same weights.
+
     The interval is the bootstrap's; p too, or with `swapped` [B, U] (see `swaps`) the permutation test's.
     """
-    if sums.shape != other.shape or weights.shape[1] != len(sums):
-        raise ValueError(f"not paired: sums {sums.shape} and {other.shape}, weights {weights.shape}")
+    if sums.shape != other.shape:
+        raise ValueError(f"not paired: sums {sums.shape} and {other.shape}")
     value = _gaps(task, sums.sum(0), other.sum(0))
-    resampled = _gaps(task, weights @ sums, weights @ other)
+    gaps = {name: drawn[name] - other_drawn[name] for name in drawn}
     if swapped is None:
-        p = {name: p_value(sample, len(sums)) for name, sample in resampled.items()}
+        p = {name: p_value(sample, len(sums)) for name, sample in gaps.items()}
     else:
         chance = _gaps(task, (1 - swapped) @ sums + swapped @ other, swapped @ sums + (1 - swapped) @ other)
         p = {name: permutation_p(float(value[name]), sample, len(sums)) for name, sample in chance.items()}
-    return {n: Difference(float(value[n]), *interval(resampled[n]), p[n]) for n in value}
+    return {n: Difference(float(value[n]), *interval(gaps[n]), p[n]) for n in value}
 
 
 def permutation_p(observed: float, sample: Floats, users: int) -> float:

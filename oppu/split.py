@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import polars as pl
 
 from oppu import lamp
 from oppu.config import Split
-from oppu.files import parquet, sweep, write_if_changed
+from oppu.files import jsonl, sweep, write_if_changed
 from oppu.lamp import Question
 from oppu.records import InputError, Item, Query, User
 from oppu.tasks import Task, fields_of, render
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 HELDOUT_USERS = 20
 """How many base users are under test when hyperparameters are chosen (`split.heldout_queries`)."""
 _KEY = re.compile(r"u-[0-9a-f]{12}")
-_QUERIES = {"user": pl.String, "id": pl.String, "input": pl.String, "gold": pl.String}
 
 
 @dataclass(frozen=True)
@@ -192,18 +192,18 @@ def _asked(user: User, task: Task, last: int, counts: Counter[str]) -> User:
 
 
 def write(result: SplitResult, task: Task, out: Path, mended: str = "-") -> None:
-    """Write `users.json` (`out`) last, and beside it histories/{key}.json, base.jsonl and queries.parquet.
+    """Write `users.json` (`out`) last, and beside it histories/{key}.json, base.jsonl and queries.jsonl.
 
     All content is made before the first byte is written. Files that would not change keep their mtime; histories of
-    users who are no longer tested are removed. `mended` is kept in users.json for the workflow.
+    users who are no longer tested are removed. `mended` is kept in users.json for the workflow; each history's sha256
+    is, too, so that users.json changes whenever a history does.
     """
-    rows = [(user.key, q.id, q.input, q.gold) for user in result.test for q in user.queries]
+    rows = queries_of(result.test)
     keys = [user.key for user in result.test]
     if bad := [key for key in keys if not _KEY.fullmatch(key)]:
         raise ValueError(f"not a user key: {bad[0]!r}")
-    histories = {f"{user.key}.json": _json(user.as_json(golds=False), indent=1) for user in result.test}
-    base = b"".join(_json(user.as_json(golds=True)) for user in result.base)
-    queries = parquet(pl.DataFrame(rows, schema=_QUERIES, orient="row"))
+    histories = {f"{user.key}.json": _json(user.as_json(golds=False)) for user in result.test}
+    base, queries = jsonl(user.as_json(golds=True) for user in result.base), jsonl(rows)
     summary = {"task": task.name, "users": sorted(keys), "base_users": len(result.base), "queries": len(rows)}
     folder = out.parent / "histories"
     for written in (out.parent, folder):
@@ -214,13 +214,19 @@ def write(result: SplitResult, task: Task, out: Path, mended: str = "-") -> None
         if stale.name not in histories:
             stale.unlink()
     write_if_changed(out.parent / "base.jsonl", base)
-    write_if_changed(out.parent / "queries.parquet", queries)
-    files = ["base.jsonl", "queries.parquet", *(f"histories/{name}" for name in sorted(histories))]
-    write_if_changed(out, _json(summary | {"counts": result.counts, "files": files, "mended": mended}, indent=1))
+    write_if_changed(out.parent / "queries.jsonl", queries)
+    files: dict[str, str | None] = {"base.jsonl": None, "queries.jsonl": None}
+    files |= {f"histories/{name}": hashlib.sha256(data).hexdigest() for name, data in sorted(histories.items())}
+    write_if_changed(out, _json(summary | {"counts": result.counts, "files": files, "mended": mended}))
 
 
-def _json(value: object, indent: int | None = None) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def queries_of(users: Sequence[User]) -> list[dict[str, str | None]]:
+    """The queries of users as queries.jsonl has them: user (key), id, input, gold."""
+    return [{"user": user.key, "id": q.id, "input": q.input, "gold": q.gold} for user in users for q in user.queries]
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def run(data: Path, task: str, settings: Split, out: Path, mended: str = "-") -> None:

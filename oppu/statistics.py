@@ -17,9 +17,8 @@ import numpy as np
 import polars as pl
 
 from oppu import provenance
-from oppu.files import read_json, read_user, write_bytes, write_json
+from oppu.files import read_json, read_jsonl, read_user, write_bytes, write_json
 from oppu.records import InputError
-from oppu.scores import read_queries
 from oppu.tables import write_csv
 
 Lengths = Callable[[Sequence[str]], list[int]]
@@ -80,7 +79,7 @@ def run(
     out: Path, task: str, base_users: Path, queries: Path, histories: Sequence[Path], model: str, revision: str | None
 ) -> None:
     """Write statistics.json of a task from the files of its split."""
-    personal = list(read_queries(queries).select("input", "gold").iter_rows())
+    personal = [(query["input"], query["gold"]) for query in read_jsonl(queries)]
     items = [len(read_user(path).history) for path in histories]
     row = statistics(list(_base_queries(base_users)), personal, items, model_lengths(model, revision))
     write_json(out, {"task": task, "personal_users": len(items)} | row, mode=0o644)

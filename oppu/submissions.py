@@ -8,21 +8,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from oppu import scores
 from oppu.lamp_values import Items, identifier, kind, load, read_text
 from oppu.records import InputError
 from oppu.tasks import Task
 
-ANSWERS = ("output", "prediction")
+ANSWERS = ("output", "prediction", "gold")
 
 
 def score_files(predictions: Path, outputs: Path, task: Task) -> dict[str, float | int]:
     """LaMP's metrics of predictions, with counts.
 
     Either file may be gzipped, and is LaMP's `{"task", "golds": [{"id", "output"}]}`, a bare list of such records, or
-    JSON lines of them, `prediction` standing for `output` too; golds may also be a split's queries.parquet. Raises
+    JSON lines of them, `prediction` standing for `output` too; golds may also be a split's queries.jsonl. Raises
     InputError with every id that is missing, surplus or given twice, and every gold that is none of the task.
     """
     problems: list[str] = []
@@ -31,7 +29,7 @@ def score_files(predictions: Path, outputs: Path, task: Task) -> dict[str, float
     problems += [f"{predictions}: id {i}: no such gold in {outputs}; drop it" for i in given if i not in golds]
     if problems:
         raise InputError(problems)
-    everyone = pl.DataFrame({"user": "all", "id": list(golds), "gold": list(golds.values())})
+    everyone = [{"user": "all", "id": id_, "gold": gold} for id_, gold in golds.items()]
     try:
         found = scores.score_texts(task, everyone, {("all", id_): text for id_, text in given.items()})
     except InputError as error:
@@ -62,8 +60,6 @@ def _answers(path: Path, task: Task, problems: list[str]) -> dict[str, str]:
 
 def _records(path: Path, task: Task) -> list[Any]:
     """The list that a file holds. InputError names a file that cannot be read, is no list, or is of another task."""
-    if path.suffix == ".parquet":
-        return pl.read_parquet(path).select("id", output="gold").to_dicts()
     try:
         data = _lines(path) if ".jsonl" in path.suffixes else load(path)
     except InputError as error:

@@ -13,10 +13,10 @@ import polars as pl
 
 from oppu import devices
 from oppu.cells import pool_of
-from oppu.files import read_json, read_user, write_bytes
+from oppu.files import read_json, read_jsonl, read_user, write_bytes
 from oppu.metrics import METRICS
 from oppu.profiles import profile_of
-from oppu.scores import read_queries, score
+from oppu.scores import score
 from oppu.tasks import tasks
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def run(
     task = tasks()[values["task"]["name"]]
     users = [read_user(path) for path in histories]
     people = [(user, profile_of(values, user, profiles), Counter[str]()) for user in users]
-    golds, pool = read_queries(queries), pool_of(base_users, values)
+    golds, pool = read_jsonl(queries), pool_of(base_users, values)
     rows: list[dict[str, Any]] = []
     devices.take()
     for lr, count in [(0.0, 0), *itertools.product(lrs, epochs)]:

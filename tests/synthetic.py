@@ -18,13 +18,13 @@ def answers(of, users, right, seed):
     keys = [(f"u-{u:02}", f"{u}-{q}") for u in range(users) for q in range(5)]
     golds = [pool[i] for i in np.random.default_rng(99).integers(len(pool), size=len(keys))]
     given = {k: g if rng.random() < right else pool[0] for k, g in zip(keys, golds, strict=True)}
-    queries = pl.DataFrame({"user": [k[0] for k in keys], "id": [k[1] for k in keys], "gold": golds})
+    queries = [{"user": user, "id": id_, "gold": gold} for (user, id_), gold in zip(keys, golds, strict=True)]
     return queries, given
 
 
 def setting(of, augmentation, peft, right, seed=0, history="full", users=20, repeat=0):
     queries, given = answers(of, users, right, seed)
-    return Setting(of, augmentation, peft, history, score_texts(of, queries, given).scored, repeat)
+    return Setting(of, augmentation, peft, history, pl.DataFrame(score_texts(of, queries, given).scored), repeat)
 
 
 def both(of, augmentation="k0"):

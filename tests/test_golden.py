@@ -21,8 +21,9 @@ from oppu.profiles import extractive
 from oppu.recipe import profile_recipe
 from oppu.records import Item, Query, User
 from oppu.rows import plan
-from oppu.scores import queries_of, score
+from oppu.scores import score
 from oppu.setting import parse_augmentation
+from oppu.split import queries_of
 from oppu.tasks import fields_of, render, task, tasks
 
 ROOT = Path(__file__).resolve().parents[1]

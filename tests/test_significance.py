@@ -3,7 +3,17 @@ import pytest
 from scipy import stats
 
 from oppu.metrics import values
-from oppu.significance import differences, draws, estimates, holm, interval, p_value, permutation_p, swaps
+from oppu.significance import (
+    differences,
+    draws,
+    estimates,
+    holm,
+    interval,
+    p_value,
+    permutation_p,
+    resampled,
+    swaps,
+)
 from oppu.tasks import task
 
 TITLES, NEWS = task("LaMP_5"), task("LaMP_2N")
@@ -32,6 +42,14 @@ def test_draws_are_seeded_and_complete():
     assert (weights != draws(TITLES, 7, 50, seed=3)).any()
 
 
+def estimated(task, sums, weights):
+    return estimates(task, sums, resampled(task, sums, weights))
+
+
+def compared(task, sums, other, weights, swapped=None):
+    return differences(task, sums, other, resampled(task, sums, weights), resampled(task, other, weights), swapped)
+
+
 def test_bootstrap_equals_a_loop_over_the_same_resamples():
     sums, other = (confusion(np.random.default_rng(seed), 9) for seed in (0, 1))
     weights = draws(NEWS, 9, 80, seed=0)
@@ -43,7 +61,7 @@ def test_bootstrap_equals_a_loop_over_the_same_resamples():
             own[name].append(left[name])
             gap[name].append(left[name] - right[name])
     for name in own:
-        found, apart = estimates(NEWS, sums, weights)[name], differences(NEWS, sums, other, weights)[name]
+        found, apart = estimated(NEWS, sums, weights)[name], compared(NEWS, sums, other, weights)[name]
         assert (found.low, found.high) == pytest.approx(interval(np.array(own[name])))
         assert (apart.low, apart.high) == pytest.approx(interval(np.array(gap[name])))
         assert found.value == pytest.approx(values(NEWS, sums.sum(0))[name])
@@ -51,14 +69,14 @@ def test_bootstrap_equals_a_loop_over_the_same_resamples():
 
 def test_a_setting_does_not_differ_from_itself():
     sums = generation(np.random.default_rng(0), 20, 0.5)
-    for found in differences(TITLES, sums, sums.copy(), draws(TITLES, 20, 500, seed=0)).values():
+    for found in compared(TITLES, sums, sums.copy(), draws(TITLES, 20, 500, seed=0)).values():
         assert (found.value, found.low, found.high, found.p_value) == (0, 0, 0, 1)
         assert not found.significant
 
 
 def test_interval_agrees_with_scipys_percentile_bootstrap():
     sums = generation(np.random.default_rng(1), 40, 0.5)
-    found = estimates(TITLES, sums, draws(TITLES, 40, 4000, seed=0))["rouge1"]
+    found = estimated(TITLES, sums, draws(TITLES, 40, 4000, seed=0))["rouge1"]
     per_user = sums[:, 1] / sums[:, 0]
     expected = stats.bootstrap((per_user,), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.003)
@@ -68,7 +86,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
     covered = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        found = estimates(TITLES, generation(rng, 40, 0.5), draws(TITLES, 40, 400, seed))["rouge1"]
+        found = estimated(TITLES, generation(rng, 40, 0.5), draws(TITLES, 40, 400, seed))["rouge1"]
         covered += found.low <= 0.5 <= found.high
     assert 180 <= covered <= 198
 
@@ -79,11 +97,11 @@ def test_pairing_finds_what_users_would_hide():
     after = before.copy()
     after[:, 1:] += 4 * (0.02 + 0.01 * rng.standard_normal((40, 1)))
     weights = draws(TITLES, 40, 1000, seed=0)
-    found = differences(TITLES, after, before, weights)["rouge1"]
+    found = compared(TITLES, after, before, weights)["rouge1"]
     assert found.significant
     assert found.low < 0.02 < found.high
     assert found.p_value == 1 / 1001
-    plain = estimates(TITLES, after, weights)["rouge1"]
+    plain = estimated(TITLES, after, weights)["rouge1"]
     assert plain.high - plain.low > 5 * (found.high - found.low)
 
 
@@ -92,7 +110,7 @@ def test_without_an_effect_about_1_in_20_is_significant():
     for seed in range(200):
         rng = np.random.default_rng(1000 + seed)
         before, after = generation(rng, 30, 0.5), generation(rng, 30, 0.5)
-        false += differences(TITLES, after, before, draws(TITLES, 30, 400, seed))["rouge1"].significant
+        false += compared(TITLES, after, before, draws(TITLES, 30, 400, seed))["rouge1"].significant
     assert 2 <= false <= 22
 
 
@@ -114,8 +132,12 @@ def test_few_users_prove_nothing():
 
 def test_other_users_are_refused():
     rng = np.random.default_rng(0)
+    five, six, weights = generation(rng, 5, 0.5), generation(rng, 6, 0.5), draws(TITLES, 5, 10, 0)
+    with pytest.raises(ValueError, match="same users"):
+        resampled(TITLES, six, weights)
+    drawn = resampled(TITLES, five, weights)
     with pytest.raises(ValueError, match="not paired"):
-        differences(TITLES, generation(rng, 5, 0.5), generation(rng, 6, 0.5), draws(TITLES, 5, 10, 0))
+        differences(TITLES, five, six, drawn, drawn)
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.01, 0.03])
@@ -125,7 +147,7 @@ def test_permutation_agrees_with_scipy_on_a_mean(effect):
     before = generation(rng, 12, 0.5)
     after = before.copy()
     after[:, 1] += 4 * (effect + 0.03 * rng.standard_normal(12))
-    found = differences(TITLES, after, before, draws(TITLES, 12, 100, 0), swaps(TITLES, 12, 20_000, 0))["rouge1"]
+    found = compared(TITLES, after, before, draws(TITLES, 12, 100, 0), swaps(TITLES, 12, 20_000, 0))["rouge1"]
     pairs = after[:, 1] / 4, before[:, 1] / 4
     expected = stats.permutation_test(
         pairs, lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples", n_resamples=np.inf
@@ -137,14 +159,14 @@ def test_permutation_agrees_with_scipy_on_a_mean(effect):
 def test_permutation_of_a_metric_that_is_no_mean_equals_a_loop():
     sums, other = (confusion(np.random.default_rng(seed), 9) for seed in (0, 1))
     swapped = swaps(NEWS, 9, 60, seed=0)
-    found = differences(NEWS, sums, other, draws(NEWS, 9, 60, seed=0), swapped)["f1"]
+    found = compared(NEWS, sums, other, draws(NEWS, 9, 60, seed=0), swapped)["f1"]
     sample = []
     for row in swapped.astype(bool):
         left = values(NEWS, np.where(row[:, None], other, sums).sum(0))["f1"]
         sample.append(left - values(NEWS, np.where(row[:, None], sums, other).sum(0))["f1"])
     as_large = sum(abs(d) >= abs(found.value) - 1e-12 for d in sample)
     assert found.p_value == (1 + as_large) / 61
-    same = differences(NEWS, sums, other, draws(NEWS, 9, 60, seed=0))["f1"]
+    same = compared(NEWS, sums, other, draws(NEWS, 9, 60, seed=0))["f1"]
     assert (found.low, found.high) == (same.low, same.high)  # the interval stays the bootstrap's
 
 
@@ -154,7 +176,7 @@ def test_a_permutation_test_without_an_effect_is_significant_about_1_in_20_times
         rng = np.random.default_rng(2000 + seed)
         before, after = generation(rng, 30, 0.5), generation(rng, 30, 0.5)
         chance = swaps(TITLES, 30, 400, seed)
-        false += differences(TITLES, after, before, draws(TITLES, 30, 10, seed), chance)["rouge1"].significant
+        false += compared(TITLES, after, before, draws(TITLES, 30, 10, seed), chance)["rouge1"].significant
     assert 2 <= false <= 22
 
 

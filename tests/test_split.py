@@ -3,20 +3,19 @@ import stat
 from collections import Counter
 from pathlib import Path
 
-import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oppu import split as module
 from oppu.config import Split
-from oppu.files import read_base, read_user, read_users
+from oppu.files import read_base, read_jsonl, read_user, read_users
 from oppu.lamp import read
 from oppu.records import InputError, Item, Query, User
-from oppu.scores import read_queries
 from oppu.split import (
     SplitResult,
     common_history,
+    queries_of,
     run,
     split,
     user_key,
@@ -238,8 +237,7 @@ def test_what_is_written_reads_back(tmp_path):
         loaded = read_user(out.parent / "histories" / f"{user.key}.json")
         assert (loaded.id, loaded.history) == (user.id, user.history)
         assert [(q.id, q.input, q.gold) for q in loaded.queries] == [(q.id, q.input, None) for q in user.queries]
-    rows = [(u.key, q.id, q.input, q.gold) for u in result.test for q in u.queries]
-    assert read_queries(out.parent / "queries.parquet").rows() == rows
+    assert read_jsonl(out.parent / "queries.jsonl") == queries_of(result.test)
     summary = json.loads(out.read_text())
     assert (summary["task"], summary["base_users"], summary["queries"], summary["counts"]) == (NEWS, 2, 4, {})
 
@@ -313,7 +311,7 @@ def test_a_hostile_user_id_writes_nothing_outside_its_folder(tmp_path, hostile):
     run(tmp_path / "data", NEWS, Split(test_users=2), out)
     names = {name for name in everything(tmp_path) if not name.startswith("data/")}
     histories = {f"results/split/histories/{user_key(user)}.json" for user in (hostile, "b")}
-    assert names == histories | {f"results/split/{name}" for name in ("users.json", "base.jsonl", "queries.parquet")}
+    assert names == histories | {f"results/split/{name}" for name in ("users.json", "base.jsonl", "queries.jsonl")}
     assert read_user(out.parent / "histories" / f"{user_key(hostile)}.json").id == hostile
 
 
@@ -329,7 +327,7 @@ def test_any_text_survives_the_files(tmp_path_factory, pairs, asked):
     loaded = read_user(folder / "histories" / f"{users[0].key}.json")
     assert loaded.history == items
     assert read_base(folder / "base.jsonl") == users[1:]
-    assert read_queries(folder / "queries.parquet").rows() == [(users[0].key, "q", asked, asked)]
+    assert read_jsonl(folder / "queries.jsonl") == [{"user": users[0].key, "id": "q", "input": asked, "gold": asked}]
 
 
 def test_nobody_left_for_the_base_still_writes_readable_files(tmp_path, caplog):
@@ -338,4 +336,3 @@ def test_nobody_left_for_the_base_still_writes_readable_files(tmp_path, caplog):
     assert read_base(tmp_path / "split/base.jsonl") == []
     assert "nobody is left to train the base" in caplog.text
     assert "secret" not in caplog.text
-    assert read_queries(tmp_path / "split/queries.parquet").schema["gold"] == pl.String

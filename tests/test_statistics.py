@@ -51,7 +51,7 @@ def test_the_sample_is_counted_as_its_raw_files_say(tmp_path):
     """Against LaMP's own JSON and Hugging Face's tokenizer, on the sample's split."""
     run_split(ROOT / "data/sample/lamp", "LaMP_2N", Split(test_users="dev"), tmp_path / "users.json")
     files = sorted((tmp_path / "histories").iterdir())
-    run(tmp_path / "s.json", "LaMP_2N", tmp_path / "base.jsonl", tmp_path / "queries.parquet", files, MODEL, None)
+    run(tmp_path / "s.json", "LaMP_2N", tmp_path / "base.jsonl", tmp_path / "queries.jsonl", files, MODEL, None)
     row = json.loads((tmp_path / "s.json").read_text())
     questions = read(ROOT / "data/sample/lamp", task("LaMP_2N"))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

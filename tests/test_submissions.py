@@ -2,14 +2,13 @@ import gzip
 import json
 
 import numpy as np
-import polars as pl
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 from typer.testing import CliRunner
 
 from oppu.cli import app
-from oppu.files import write_json
+from oppu.files import jsonl, write_json
 from oppu.records import InputError
 from oppu.scores import score, submission
 from oppu.submissions import score_files
@@ -80,22 +79,22 @@ def test_every_form_of_a_file_gives_the_same(written, tmp_path):
     (tmp_path / "cell.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "list.json").write_text(json.dumps([r | {"id": int(r["id"])} for r in listed(given)]))
     (tmp_path / "outputs.json.gz").write_bytes(gzip.compress(outputs.read_bytes()))
-    pl.DataFrame({"user": "u", "id": list(golds), "gold": list(golds.values())}).write_parquet(tmp_path / "q.parquet")
+    (tmp_path / "q.jsonl").write_bytes(jsonl({"user": "u", "id": i, "gold": gold} for i, gold in golds.items()))
     for name in ("cell.jsonl", "cell.jsonl.gz", "list.json"):
         assert score_files(tmp_path / name, outputs, NEWS) == expected
-    for name in ("outputs.json.gz", "q.parquet"):
+    for name in ("outputs.json.gz", "q.jsonl"):
         assert score_files(plain, tmp_path / name, NEWS) == expected
 
 
 def test_a_settings_submission_scores_as_its_scores_json(tmp_path):
     golds, given = drawn(NEWS, 5)
     users = [f"u-{int(id_) % 7}" for id_ in golds]
-    queries = pl.DataFrame({"user": users, "id": list(golds), "gold": list(golds.values())})
+    queries = [{"user": u, "id": i, "gold": gold} for u, (i, gold) in zip(users, golds.items(), strict=True)]
     cells = {u: [{"id": i, "prediction": given[i]} for i, v in zip(golds, users, strict=True) if u == v] for u in users}
     scores = score(NEWS, queries, cells).metrics
     write_json(tmp_path / "submission.json", submission(NEWS, cells))
-    queries.write_parquet(tmp_path / "queries.parquet")
-    found = score_files(tmp_path / "submission.json", tmp_path / "queries.parquet", NEWS)
+    (tmp_path / "queries.jsonl").write_bytes(jsonl(queries))
+    found = score_files(tmp_path / "submission.json", tmp_path / "queries.jsonl", NEWS)
     assert found == {name: value for name, value in scores.items() if name != "n_users"}
 
 

@@ -143,9 +143,9 @@ def test_the_sample_gives_what_its_readme_says():
     golds = {g["id"]: g["output"] for g in outputs["golds"]}
     histories = {q["user_id"]: [item["category"] for item in q["profile"]] for q in questions}
     mixed = mixed_users(NEWS, [user(key, *labels) for key, labels in histories.items()])
-    queries = pl.DataFrame([{"user": q["user_id"], "id": q["id"], "gold": golds[q["id"]]} for q in questions])
+    queries = [{"user": q["user_id"], "id": q["id"], "gold": golds[q["id"]]} for q in questions]
     majority = {(q["user_id"], q["id"]): Counter(histories[q["user_id"]]).most_common(1)[0][0] for q in questions}
-    scored = score_texts(NEWS, queries, majority).scored
+    scored = pl.DataFrame(score_texts(NEWS, queries, majority).scored)
     found = versus_table(
         boards([Setting(NEWS, "k0", "lora", "full", scored)], {"LaMP_2N": {"same": scored}}, HOW),
         {"LaMP_2N": mixed},

@@ -12,8 +12,8 @@ from oppu.config import Split, parse_augmentation
 from oppu.examples import Context, history_examples, query_prompts
 from oppu.models import load_tokenizer
 from oppu.references import references
-from oppu.scores import queries_of, score_texts
-from oppu.split import split
+from oppu.scores import score_texts
+from oppu.split import queries_of, split
 from oppu.tasks import render, task
 from tests.workflow.project import ROOT, Project, sample
 

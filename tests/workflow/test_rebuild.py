@@ -269,8 +269,8 @@ def test_what_finds_nothing_stale_imports_nothing_heavy(project: Project, tmp_pa
     lines = {
         "cells": f"{setting}/cohorts/000.json --recipe {setting}/recipe.json --base results/LaMP_2N/k1/base/base.json"
         f" --base-users {split}/base.jsonl " + " ".join(f"{split}/histories/{user}.json" for user in project.users()),
-        "score-setting": f"{setting}/scores.json --scored {setting}/scored.parquet --submission"
-        f" {setting}/submission.json --users {split}/users.json --queries {split}/queries.parquet",
+        "score-setting": f"{setting}/scores.json --scored {setting}/scored.jsonl --submission"
+        f" {setting}/submission.json --users {split}/users.json --queries {split}/queries.jsonl",
     }
 
     def run(name: str) -> subprocess.CompletedProcess[str]:

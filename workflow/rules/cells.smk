@@ -17,7 +17,7 @@ rule recipe:
 # With several processes (a profile's set-resources) each makes a share of the users; base and pooled train in one.
 rule cells:
     input:
-        histories=members,
+        sources,
         base=f"{BASE}/base.json",
         recipe=f"{SETTING}/recipe.json",
         adapters=borrowed,
@@ -37,6 +37,7 @@ rule cells:
         processes=1,
     params:
         base_users=lambda w: f"{SPLIT}/base.jsonl".format(**w),
+        histories=members,
         users=lambda w: f"{SPLIT}/users.json".format(**w),
         mended=lambda w: mended(f"{SETTING}/cohorts/{{cohort}}.json".format(**w)),
         profiles=lambda w: PROFILES.format(**w),
@@ -44,13 +45,13 @@ rule cells:
         "oppu --gpus {resources.gpu} cells {output:q}"
         " --recipe {input.recipe:q} --base {input.base:q} --base-users {params.base_users:q}"
         " --users {params.users:q} --profiles {params.profiles:q} --mended {params.mended:q}"
-        " --processes {resources.processes} {input.histories:q} > {log:q} 2>&1"
+        " --processes {resources.processes} {params.histories:q} > {log:q} 2>&1"
 
 
 # The control `pooled`: one adapter for all test users. It lies in the setting's folder; no user's cell holds it.
 rule pooled:
     input:
-        histories=lambda w: histories(w.task, users(w.task)),
+        users=f"{SPLIT}/users.json",
         base=f"{BASE}/base.json",
         recipe=f"{TASK}/{{augmentation}}/pooled/{{history}}/recipe.json",
         profiles=lambda w: profiles(w.task, w.augmentation),
@@ -67,12 +68,13 @@ rule pooled:
         mem_mb=4000,
         gpu=GPU,
     params:
+        histories=lambda w: histories(w.task, users(w.task)),
         mended=lambda w: mended(f"{TASK}/{{augmentation}}/pooled/{{history}}/pooled.json".format(**w)),
         profiles=lambda w: PROFILES.format(**w),
     shell:
         "oppu --gpus {resources.gpu} pooled {output:q}"
         " --recipe {input.recipe:q} --base {input.base:q} --profiles {params.profiles:q}"
-        " --mended {params.mended:q} {input.histories:q} > {log:q} 2>&1"
+        " --mended {params.mended:q} {params.histories:q} > {log:q} 2>&1"
 
 
 # One cell by name: a cohort of one. This job only stamps, it cannot fail halfway; update() keeps Snakemake from

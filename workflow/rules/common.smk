@@ -1,3 +1,5 @@
+import atexit
+import gc
 import hashlib
 import json
 import os
@@ -56,6 +58,11 @@ def date_back(folder):
 
 
 date_back(RESULTS)
+
+# Little of what Snakemake makes is garbage. It is searched for less often while the graph of jobs grows (6 % of a dry
+# run of the paper's grid), and not once more at the end (.7 s).
+gc.set_threshold(50_000, 20, 100)
+atexit.register(gc.freeze)
 
 
 def choose_quickly(scheduler):
@@ -266,6 +273,15 @@ def members(w):
             everyone[int(w.cohort) * CONFIG.users_per_job :][: CONFIG.users_per_job],
         )
     raise WorkflowError(f"{w.task} has no test user {w.cohort}; `oppu users {RESULTS}/{w.task}` lists them")
+
+
+def sources(w):
+    """What changes when a history of a cohort does: its file or, for several users, users.json, which has their sha256.
+
+    A thousand inputs would cost Snakemake seconds whenever it looks what is to be done.
+    """
+    found = members(w)
+    return found if len(found) == 1 else [SPLIT.format(task=w.task) + "/users.json"]
 
 
 def paper_table(name):

@@ -5,7 +5,7 @@ checkpoint split:
         lambda w: raw_files(w.task),
     output:
         users=f"{SPLIT}/users.json",
-        queries=f"{SPLIT}/queries.parquet",
+        queries=f"{SPLIT}/queries.jsonl",
     log:
         f"{LOGS}/{{task}}/split.log",
     conda:

@@ -16,7 +16,7 @@ rule profile_recipe:
 # Writes the stale profiles of a cohort; users/{user}.json is not declared, so that nothing finished is ever deleted.
 rule profiles:
     input:
-        histories=members,
+        sources,
         recipe=f"{PROFILES}/recipe.json",
         model=profile_model,
         own=lambda w: own_texts(w.task, [os.path.basename(path).removesuffix(".json") for path in members(w)]),
@@ -33,12 +33,13 @@ rule profiles:
         mem_mb=4000,
         gpu=GPU * (CONFIG.profiles.backend == "llm"),
     params:
+        histories=members,
         own=lambda w: f"{CONFIG.profiles.own}/{w.task}",
         mended=lambda w: mended(f"{PROFILES}/cohorts/{{cohort}}.json".format(**w)),
     shell:
         "oppu --gpus {resources.gpu} profiles {output:q}"
         " --recipe {input.recipe:q} --own {params.own:q} --mended {params.mended:q}"
-        " {input.histories:q} > {log:q} 2>&1"
+        " {params.histories:q} > {log:q} 2>&1"
 
 
 # Base users' profiles stand in base.jsonl, which is not declared either: a killed job goes on where it was.

@@ -21,14 +21,14 @@ rule score:
     input:
         cohorts=lambda w: cohorts(w.task, f"{w.augmentation}/{w.peft}/{w.history}"),
         users=f"{SPLIT}/users.json",
-        queries=f"{SPLIT}/queries.parquet",
+        queries=f"{SPLIT}/queries.jsonl",
         base=f"{BASE}/base.json",
         recipe=f"{SETTING}/recipe.json",
         profiles=lambda w: profiles(w.task, w.augmentation),
         own=lambda w: profile_sources(w.task, w.augmentation, users(w.task)),
     output:
         scores=f"{SETTING}/scores.json",
-        scored=f"{SETTING}/scored.parquet",
+        scored=f"{SETTING}/scored.jsonl",
         submission=f"{SETTING}/submission.json",
     log:
         f"{LOGS}/{{task}}/{{augmentation}}/{{peft}}/{{history}}/score.log",
@@ -44,32 +44,32 @@ rule score:
 # What can be said without any model, from the same data.
 rule references:
     input:
-        histories=lambda w: histories(w.task, users(w.task)),
         users=f"{SPLIT}/users.json",
-        queries=f"{SPLIT}/queries.parquet",
+        queries=f"{SPLIT}/queries.jsonl",
         base=base_users,
     output:
-        f"{TASK}/references.parquet",
+        f"{TASK}/references.jsonl",
     log:
         f"{LOGS}/{{task}}/references.log",
     conda:
         "../../envs/light.yaml"
     params:
+        histories=lambda w: histories(w.task, users(w.task)),
         version=keys.SCORING,
         record=lambda w: as_json(tasks.task(w.task).model_dump()),
     shell:
         "oppu references {output:q} --task {wildcards.task:q} --base-users {input.base:q} --queries {input.queries:q}"
-        " {input.histories:q} > {log:q} 2>&1"
+        " {params.histories:q} > {log:q} 2>&1"
 
 
 rule tables:
     input:
         scored=expand(
-            f"{RESULTS}/{{task}}/{{setting}}/scored.parquet",
+            f"{RESULTS}/{{task}}/{{setting}}/scored.jsonl",
             task=TASKS,
             setting=SETTINGS,
         ),
-        references=expand(f"{TASK}/references.parquet", task=TASKS),
+        references=expand(f"{TASK}/references.jsonl", task=TASKS),
         paper=paper_table("table1"),
     output:
         tables=report(TABLES[:3], caption="../report/tables.rst", category="Tables"),
@@ -97,26 +97,27 @@ rule tables:
         " {params.paper:q} > {log:q} 2>&1"
 
 
-# What there is to learn from, per task: Table 5.
+# What there is to learn from, per task: Table 5. Nothing waits for it, so it comes last.
 rule statistics:
     input:
-        histories=lambda w: histories(w.task, users(w.task)),
         users=f"{SPLIT}/users.json",
-        queries=f"{SPLIT}/queries.parquet",
+        queries=f"{SPLIT}/queries.jsonl",
         base=base_users,
         model=lambda w: files_of_model(CONFIG.model.path),
     output:
         f"{TASK}/statistics.json",
     log:
         f"{LOGS}/{{task}}/statistics.log",
+    priority: -1
     conda:
         "../../envs/light.yaml"
     params:
+        histories=lambda w: histories(w.task, users(w.task)),
         model=CONFIG.model.path,
         revision=[f"--revision={CONFIG.model.revision}"] if CONFIG.model.revision else [],
     shell:
         "oppu statistics {output:q} --task {wildcards.task:q} --base-users {input.base:q} --queries {input.queries:q}"
-        " --model {params.model:q} {params.revision:q} {input.histories:q} > {log:q} 2>&1"
+        " --model {params.model:q} {params.revision:q} {params.histories:q} > {log:q} 2>&1"
 
 
 rule table5:
@@ -129,6 +130,7 @@ rule table5:
         provenance=update(f"{RESULTS}/tables/table5.provenance.json"),
     log:
         f"{LOGS}/table5.log",
+    priority: -1
     conda:
         "../../envs/light.yaml"
     params:
@@ -140,8 +142,8 @@ rule table5:
 # Hyperparameters are chosen on held-out base users: snakemake --cores all --configfile config/config.yaml config/tune.yaml -- tune
 rule tune_setting:
     input:
-        histories=lambda w: histories(w.task, users(w.task)),
-        queries=f"{SPLIT}/queries.parquet",
+        users=f"{SPLIT}/users.json",
+        queries=f"{SPLIT}/queries.jsonl",
         base=f"{BASE}/base.json",
         base_users=base_users,
         recipe=f"{TASK}/{{augmentation}}/{CONFIG.tune.peft}/full/recipe.json",
@@ -157,6 +159,7 @@ rule tune_setting:
         mem_mb=4000,
         gpu=GPU,
     params:
+        histories=lambda w: histories(w.task, users(w.task)),
         lr=" ".join(map(str, CONFIG.tune.lr)),
         epochs=" ".join(map(str, CONFIG.tune.epochs)),
         profiles=lambda w: PROFILES.format(**w),
@@ -164,7 +167,7 @@ rule tune_setting:
         "oppu --gpus {resources.gpu} tune {output:q}"
         " --recipe {input.recipe:q} --base {input.base:q} --base-users {input.base_users:q}"
         " --queries {input.queries:q} --lr {params.lr:q} --epochs {params.epochs:q} --profiles {params.profiles:q}"
-        " {input.histories:q} > {log:q} 2>&1"
+        " {params.histories:q} > {log:q} 2>&1"
 
 
 rule tune:
