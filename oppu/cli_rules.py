@@ -149,9 +149,9 @@ def references(
     queries: Annotated[Path, typer.Option(help="queries.jsonl: users' queries and golds")],
 ) -> None:
     """Predict every query without any model, and score it: the reference lines."""
-    from oppu import results
+    from oppu import references as answering
 
-    results.references(out, task, base_users, queries, histories)
+    answering.run(out, task, base_users, queries, histories)
 
 
 @rules.command(rich_help_panel=PANEL)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from oppu.files import jsonl, read_base, read_jsonl, read_user, write_bytes
 from oppu.profiles import commonest
 from oppu.records import Item, Query, User
 from oppu.retrieval import Index, query_text
+from oppu.scores import score_texts
 from oppu.tasks import Task, fields_of
+from oppu.tasks import task as task_named
 
 Predictions = dict[tuple[str, str], str]
 """Answers by (user key, query id)."""
@@ -25,6 +29,14 @@ MOST_TEXTS = 20_000
 """The bag of words learns from at most this many texts, evenly spaced over the base's data."""
 PRIOR_STRENGTH = 1.0
 """Weight of the base's label shares in a user's, in items: the alpha of `_bag_of_words`."""
+
+
+def run(out: Path, task: str, base_users: Path, queries: Path, histories: Sequence[Path]) -> None:
+    """Predict every query without any model, and score it; rows as in scored.jsonl, with the field `reference`."""
+    record, asked = task_named(task), read_jsonl(queries)
+    found = references(record, [read_user(path) for path in histories], read_base(base_users))
+    scored = {name: score_texts(record, asked, texts).scored for name, texts in found.items()}
+    write_bytes(out, jsonl(row | {"reference": name} for name, rows in scored.items() for row in rows))
 
 
 def references(task: Task, test: Sequence[User], base: Sequence[User]) -> dict[str, Predictions]:

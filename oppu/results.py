@@ -1,4 +1,4 @@
-"""From cells to tables: what the rules `references` and `tables` run."""
+"""From cells to tables: what the rule `tables` runs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,11 @@ import polars as pl
 
 from oppu import provenance, tables
 from oppu.boards import Bootstrap, Setting
-from oppu.files import jsonl, read_base, read_jsonl, read_user, read_users, sweep, write_bytes
+from oppu.files import read_user, read_users, sweep, write_bytes
 from oppu.plots import table1_figure, write_figure
-from oppu.scores import score_texts
 from oppu.setting import seeded
 from oppu.tasks import task as task_record
 from oppu.terminal import WIDTH, terminal_table
-
-
-def references(out: Path, task: str, base_users: Path, queries: Path, histories: Sequence[Path]) -> None:
-    """Predict every query without any model, and score it; rows as in scored.jsonl, with the field `reference`."""
-    from oppu.references import references as answers_of
-
-    record, asked = task_record(task), read_jsonl(queries)
-    found = answers_of(record, [read_user(path) for path in histories], read_base(base_users))
-    scored = {name: score_texts(record, asked, texts).scored for name, texts in found.items()}
-    write_bytes(out, jsonl(row | {"reference": name} for name, rows in scored.items() for row in rows))
 
 
 def tables_of(

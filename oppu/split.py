@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import polars as pl
-
 from oppu import lamp
 from oppu.config import Split
 from oppu.files import jsonl, sweep, write_if_changed
@@ -84,27 +82,19 @@ def _check_size(users: int, test: int, settings: Split) -> None:
 
 def _ranked(questions: list[Question], task: Task, counts: Counter[str]) -> tuple[list[User], set[str]]:
     """All users, the longest history first, and the ids of those of the dev files."""
-    rows = pl.DataFrame(
-        {"id": [q.user_id for q in questions], "source": [q.source for q in questions]},
-        schema={"id": pl.String, "source": pl.String},
-    ).with_row_index("row")
-    groups = rows.group_by("id", maintain_order=True).agg("row", pl.col("source").unique())
-    counts["users_in_train_and_dev"] = groups.filter(pl.col("source").list.len() > 1).height
-    users = {
-        id_: _user(id_, [questions[n] for n in own], task, counts) for id_, own in groups.select("id", "row").rows()
-    }
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.user_id, []).append(question)
+    counts["users_in_train_and_dev"] = sum(len({q.source for q in own}) > 1 for own in groups.values())
+    users = [_user(id_, own, task, counts) for id_, own in groups.items()]
     _check_keys(users)
-    lengths = groups.select("id").with_columns(
-        length=pl.Series([len(users[i].history) for i in groups["id"]], dtype=pl.Int64)
-    )
-    order = lengths.sort("length", "id", descending=[True, False])["id"]
-    dev = set(rows.filter(pl.col("source") == "dev")["id"])
-    return [users[id_] for id_ in order], dev
+    users.sort(key=lambda user: (-len(user.history), user.id))
+    return users, {q.user_id for q in questions if q.source == "dev"}
 
 
-def _check_keys(users: dict[str, User]) -> None:
+def _check_keys(users: list[User]) -> None:
     seen: dict[str, str] = {}
-    for user in users.values():
+    for user in users:
         if user.key in seen:
             raise InputError([f"users {seen[user.key]!r} and {user.id!r} share the key {user.key}; rename one of them"])
         seen[user.key] = user.id

@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import polars as pl
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from oppu import provenance
 from oppu.files import read_json, read_jsonl, read_user, write_bytes, write_json
 from oppu.records import InputError
-from oppu.tables import write_csv
+
+if TYPE_CHECKING:  # a task's row needs no tables
+    import polars as pl
 
 Lengths = Callable[[Sequence[str]], list[int]]
 
@@ -87,6 +87,8 @@ def run(
 
 def table5(statistics: Iterable[dict[str, Any]], paper: pl.DataFrame | None = None) -> pl.DataFrame:
     """table5.csv: the paper's columns, the same lengths in model tokens, and the paper's own row as `paper_…`."""
+    import polars as pl
+
     schema: dict[str, Any] = {"task": pl.String} | {
         name: pl.Int64 if name.endswith("queries") else pl.Float64 for name in (*WORDS, *TOKENS)
     }
@@ -120,6 +122,8 @@ def markdown(table: pl.DataFrame, made: str = "") -> str:
 
 def write_table5(out: Path, files: Sequence[Path], paper: pl.DataFrame | None = None, made: str = "") -> None:
     """Write table5.csv and, beside it, table5.md, from every task's statistics.json."""
+    from oppu.tables import write_csv
+
     table = table5([read_json(path) for path in files], paper)
     write_csv(out, table)
     write_bytes(out.with_suffix(".md"), markdown(table, made).encode(), mode=0o644)
@@ -142,7 +146,7 @@ def _base_queries(path: Path) -> Iterable[tuple[str, str | None]]:
 
 
 def _mean(lengths: Sequence[int]) -> float | None:
-    return float(np.mean(lengths)) if lengths else None
+    return fmean(lengths) if lengths else None
 
 
 def _shown(value: float | int | None) -> str:

@@ -7,11 +7,10 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-from snakemake.utils import validate
 
 from oppu import config as settings
 from oppu import devices, keys, recipe, tasks
@@ -20,7 +19,6 @@ from oppu.provenance import note_run
 from oppu.records import InputError
 from oppu.setting import parse_augmentation, seeded
 
-validate(config, workflow.source_path("../schemas/config.schema.json"), set_default=False)
 try:
     CONFIG = settings.load(config)
 except InputError as error:
@@ -100,7 +98,7 @@ wildcard_constraints:
     cohort="[0-9]{3}[0-9]*|u-[0-9a-f]{12}",
 
 
-@lru_cache
+@cache
 def _users(path, mtime):
     with open(path) as f:
         return json.load(f)["users"]
@@ -160,13 +158,17 @@ def mended(stamp):
     by `oppu verify`, and mended by `snakemake -R cells`.)
     """
     try:
-        made = os.stat(stamp).st_mtime_ns
-        with open(stamp) as f:
-            record = json.load(f)
+        return _mended(stamp, os.stat(stamp).st_mtime_ns)
     except FileNotFoundError:
         return "-"
     except ValueError:
         return "unreadable"
+
+
+@cache
+def _mended(stamp, made):
+    with open(stamp) as f:
+        record = json.load(f)
     folder, files = os.path.dirname(stamp), record["files"]
     sums = files if isinstance(files, dict) else dict.fromkeys(files)
     gone = sorted(name for name, known in sums.items() if not stands(os.path.join(folder, name), made, known))

@@ -41,7 +41,7 @@ rule score:
         " --users {input.users:q} --queries {input.queries:q} > {log:q} 2>&1"
 
 
-# What can be said without any model, from the same data.
+# What can be said without any model, from the same data. It takes longer than a check or a score, so it starts first.
 rule references:
     input:
         users=f"{SPLIT}/users.json",
@@ -51,6 +51,7 @@ rule references:
         f"{TASK}/references.jsonl",
     log:
         f"{LOGS}/{{task}}/references.log",
+    priority: 1
     conda:
         "../../envs/light.yaml"
     params:
