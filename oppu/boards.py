@@ -8,21 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import polars as pl
 
-from oppu.metrics import Floats, user_values, vectors
+from oppu.metrics import totals, user_values
 from oppu.records import InputError
-from oppu.scores import KEYS
-from oppu.significance import Difference, Estimate, differences, draws, estimates, resampled, swaps
+from oppu.significance import Difference, Estimate, Floats, differences, draws, estimates, resampled, swaps
 from oppu.tasks import Task
 
-References = Mapping[str, Mapping[str, pl.DataFrame]]
+Rows = Sequence[Mapping[str, Any]]
+References = Mapping[str, Mapping[str, Rows]]
 """Task name -> reference name -> its scored answers, as of a setting."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One scored setting of a task; `scored` is what `scores.score` gives (scored.jsonl, as a table).
+    """One scored setting of a task; `scored` is what `scores.score` gives (scored.jsonl).
 
     `repeat` is the number of its training seed, 0 for the first, whose numbers the tables show.
     """
@@ -31,7 +30,7 @@ class Setting:
     augmentation: str
     peft: str
     history: str
-    scored: pl.DataFrame
+    scored: Rows
     repeat: int = 0
 
     def __str__(self) -> str:
@@ -62,7 +61,6 @@ class Board:
 
     task: Task
     users: list[str]
-    queries: pl.DataFrame
     settings: dict[tuple[str, str, str], UserSums]
     references: dict[str, UserSums]
     weights: Any
@@ -104,7 +102,6 @@ class Board:
         return Board(
             self.task,
             users,
-            self.queries.filter(pl.col("user").is_in(users)),
             {key: cut(sums) for key, sums in self.settings.items()},
             {name: cut(sums) for name, sums in self.references.items()},
             *_resamples(self.task, len(users), how),
@@ -125,21 +122,21 @@ def boards(settings: Sequence[Setting], references: References, how: Bootstrap) 
     return [_board(group, references.get(name, {}), how) for name, group in by_task.items()]
 
 
-def user_sums(task: Task, scored: pl.DataFrame) -> UserSums:
-    """Per-user sums of a scored table, on which metrics, intervals and differences are computed."""
-    users, index = np.unique(scored["user"].to_numpy(), return_inverse=True)
-    rows = vectors(task, {name: scored[name].to_numpy() for name in scored.columns if name not in KEYS})
-    sums = np.zeros((len(users), rows.shape[1]))
-    np.add.at(sums, index, rows)
-    return UserSums(users.tolist(), sums)
+def user_sums(task: Task, scored: Rows) -> UserSums:
+    """Per-user sums of scored rows, on which metrics, intervals and differences are computed."""
+    of_user: dict[str, list[Mapping[str, Any]]] = {}
+    for row in scored:
+        of_user.setdefault(row["user"], []).append(row)
+    users = sorted(of_user)
+    return UserSums(users, np.array([totals(task, of_user[user]) for user in users]))
 
 
-def _board(group: list[Setting], references: Mapping[str, pl.DataFrame], how: Bootstrap) -> Board:
-    task, queries = group[0].task, group[0].scored.select("user", "id", "gold")
+def _board(group: list[Setting], references: Mapping[str, Rows], how: Bootstrap) -> Board:
+    task = group[0].task
     settings = {(s.augmentation, s.peft, s.history): user_sums(task, s.scored) for s in group}
     lines = {name: user_sums(task, scored) for name, scored in references.items()}
     users = next(iter(settings.values())).users
-    return Board(task, users, queries, settings, lines, *_resamples(task, len(users), how))
+    return Board(task, users, settings, lines, *_resamples(task, len(users), how))
 
 
 def _resamples(task: Task, users: int, how: Bootstrap) -> tuple[Any, Any]:
@@ -147,9 +144,9 @@ def _resamples(task: Task, users: int, how: Bootstrap) -> tuple[Any, Any]:
     return weights, swaps(task, users, how.resamples, how.seed) if how.test == "permutation" else None
 
 
-def _unpaired(group: list[Setting], references: Mapping[str, pl.DataFrame]) -> list[str]:
-    def queries(scored: pl.DataFrame) -> set[tuple[str, ...]]:
-        return set(scored.select("user", "id", "gold").iter_rows())
+def _unpaired(group: list[Setting], references: Mapping[str, Rows]) -> list[str]:
+    def queries(scored: Rows) -> set[tuple[str, ...]]:
+        return {(row["user"], row["id"], row["gold"]) for row in scored}
 
     first, problems = queries(group[0].scored), []
     named = [(str(setting), setting.scored) for setting in group]

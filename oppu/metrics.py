@@ -1,7 +1,7 @@
 """LaMP's metrics, each a function of sums over queries (section 4, Evaluation Metrics).
 
-One query gives a row of statistics (`measure`), the row becomes a vector (`vectors`), vectors are summed, and a metric
-is a function of the sum (`values`). So one user, all users and a bootstrap resample of users are the same computation.
+One query gives a row of statistics (`measure`), rows are summed (`totals`), and a metric is a function of the sums
+(`values`), be they numbers or arrays. So one user, all users and a bootstrap resample are the same computation.
 
 Where LaMP's own evaluation leaves a choice, ours is:
 - classification: predictions are stripped and must equal a label; any other text is wrong, whatever the gold is.
@@ -16,18 +16,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    from oppu.significance import Floats
     from oppu.tasks import Task  # name, kind and labels are all that is read of it
-
-Floats = NDArray[np.float64]
 
 METRICS = {"classification": ("accuracy", "f1"), "rating": ("MAE", "RMSE"), "generation": ("rouge-1", "rouge-L")}
 """Kind of task -> LaMP's names of its two metrics."""
@@ -58,17 +54,17 @@ def measure(task: Task, gold: str, prediction: str) -> dict[str, Any]:
     return _MEASURE[task.kind](task, gold.strip(), prediction.strip())
 
 
-def vectors(task: Task, rows: Mapping[str, Any]) -> Floats:
-    """Columns of statistics, each of length Q, as vectors [Q, S] that may be summed over queries."""
-    return _VECTORS[task.kind](task, {name: np.asarray(column) for name, column in rows.items()})
+def totals(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Queries' statistics summed, [S]: the number of queries first, then by kind as `values` takes them apart."""
+    return [float(len(rows)), *map(float, _TOTALS[task.kind](task, rows))]
 
 
-def values(task: Task, sums: Floats) -> dict[str, Floats]:
-    """The task's metrics, by their names in tables, of sums of shape [..., S]; shape [...] each."""
-    return dict(zip(columns(task), _VALUES[task.kind](sums), strict=True))
+def values(task: Task, sums: Floats | list[float]) -> dict[str, Any]:
+    """The task's metrics, by their names in tables, of totals [S] or an array [..., S] of them; shape [...] each."""
+    return dict(zip(columns(task), _VALUES[task.kind](*_parts(sums)), strict=True))
 
 
-def user_values(task: Task, sums: Floats) -> dict[str, Floats]:
+def user_values(task: Task, sums: Floats) -> dict[str, Any]:
     """Metrics of each user from per-user sums [U, S]; shape [U] each.
 
     A single user's macro F1 is the mean over the labels that occur among that user's golds or predictions: over all
@@ -76,8 +72,9 @@ def user_values(task: Task, sums: Floats) -> dict[str, Floats]:
     """
     found = values(task, sums)
     if task.kind == "classification":
-        f1, occurs = _label_f1(sums)
-        found["f1"] = f1.sum(-1) / np.maximum(occurs.sum(-1), 1)
+        f1, occurs = _label_f1(_parts(sums)[1:])
+        count = sum(occurs)
+        found["f1"] = sum(f1) / (count + (count == 0))
     return found
 
 
@@ -141,44 +138,48 @@ def _hidden(*packages: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _classification_vectors(task: Task, rows: Mapping[str, NDArray[Any]]) -> Floats:
-    """[Q, 1 + 3L]: 1, then one-hot over the L labels: true positives, golds, predictions (nothing for -1)."""
-    labels = np.arange(len(task.labels or []))
-    gold = rows["gold_label"][:, None] == labels
-    predicted = rows["predicted_label"][:, None] == labels
-    ones = np.ones((len(gold), 1), dtype=bool)
-    return np.concatenate([ones, gold & predicted, gold, predicted], axis=1).astype(np.float64)
+def _parts(sums: Any) -> list[Any]:
+    """The S totals one by one: numbers, or arrays [...]."""
+    return sums if isinstance(sums, list) else [sums[..., place] for place in range(sums.shape[-1])]
 
 
-def _rating_vectors(task: Task, rows: Mapping[str, NDArray[Any]]) -> Floats:
-    error = rows["error"].astype(np.float64)
-    return np.stack([np.ones_like(error), np.abs(error), error * error], axis=1)
+def _classification_totals(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """For each of the L labels: true positives; golds; predictions (nothing for -1). [3L]"""
+    hits, gold, predicted = ([0] * len(task.labels or []) for _ in range(3))
+    for row in rows:
+        gold[row["gold_label"]] += 1
+        hits[row["gold_label"]] += row["correct"]
+        if row["predicted_label"] >= 0:
+            predicted[row["predicted_label"]] += 1
+    return hits + gold + predicted
 
 
-def _generation_vectors(task: Task, rows: Mapping[str, NDArray[Any]]) -> Floats:
-    rouge1 = rows["rouge1"].astype(np.float64)
-    return np.stack([np.ones_like(rouge1), rouge1, rows["rougeL"].astype(np.float64)], axis=1)
+def _rating_totals(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [math.fsum(abs(row["error"]) for row in rows), math.fsum(row["error"] ** 2 for row in rows)]
 
 
-def _label_f1(sums: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-    """F1 of each label, [..., L], 0 where it does not occur; and whether it occurs as gold or prediction."""
-    hits, gold, predicted = np.split(sums[..., 1:], 3, axis=-1)
-    both = gold + predicted
-    return 2 * hits / np.maximum(both, 1), both > 0
+def _generation_totals(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [math.fsum(row[name] for row in rows) for name in ("rouge1", "rougeL")]
 
 
-def _classification_values(sums: Floats) -> tuple[Floats, Floats]:
-    labels = (sums.shape[-1] - 1) // 3
-    accuracy = sums[..., 1 : 1 + labels].sum(-1) / sums[..., 0]
-    return accuracy, _label_f1(sums)[0].mean(-1)
+def _label_f1(counts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """F1 of each label, 0 where it does not occur; and whether it occurs as gold or prediction."""
+    labels = len(counts) // 3
+    hits, both = counts[:labels], [counts[labels + n] + counts[2 * labels + n] for n in range(labels)]
+    return [2 * h / (b + (b == 0)) for h, b in zip(hits, both, strict=True)], [b > 0 for b in both]
 
 
-def _rating_values(sums: Floats) -> tuple[Floats, Floats]:
-    return sums[..., 1] / sums[..., 0], np.sqrt(sums[..., 2] / sums[..., 0])
+def _classification_values(queries: Any, *counts: Any) -> tuple[Any, Any]:
+    f1, _ = _label_f1(counts)
+    return sum(counts[: len(f1)]) / queries, sum(f1) / len(f1)
 
 
-def _generation_values(sums: Floats) -> tuple[Floats, Floats]:
-    return sums[..., 1] / sums[..., 0], sums[..., 2] / sums[..., 0]
+def _rating_values(queries: Any, absolute: Any, squared: Any) -> tuple[Any, Any]:
+    return absolute / queries, (squared / queries) ** 0.5
+
+
+def _generation_values(queries: Any, rouge1: Any, rouge_l: Any) -> tuple[Any, Any]:
+    return rouge1 / queries, rouge_l / queries
 
 
 _MEASURE: dict[str, Callable[[Task, str, str], dict[str, Any]]] = {
@@ -186,12 +187,12 @@ _MEASURE: dict[str, Callable[[Task, str, str], dict[str, Any]]] = {
     "rating": _rating,
     "generation": _generation,
 }
-_VECTORS: dict[str, Callable[[Task, Mapping[str, NDArray[Any]]], Floats]] = {
-    "classification": _classification_vectors,
-    "rating": _rating_vectors,
-    "generation": _generation_vectors,
+_TOTALS: dict[str, Callable[[Task, Sequence[Mapping[str, Any]]], Sequence[float]]] = {
+    "classification": _classification_totals,
+    "rating": _rating_totals,
+    "generation": _generation_totals,
 }
-_VALUES: dict[str, Callable[[Floats], tuple[Floats, Floats]]] = {
+_VALUES: dict[str, Callable[..., tuple[Any, Any]]] = {
     "classification": _classification_values,
     "rating": _rating_values,
     "generation": _generation_values,

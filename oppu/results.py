@@ -6,12 +6,11 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-
-import polars as pl
+from typing import Any
 
 from oppu import provenance, tables
 from oppu.boards import Bootstrap, Setting
-from oppu.files import read_user, read_users, sweep, write_bytes
+from oppu.files import read_jsonl, read_user, read_users, sweep, write_bytes
 from oppu.plots import table1_figure, write_figure
 from oppu.setting import seeded
 from oppu.tasks import task as task_record
@@ -31,7 +30,7 @@ def tables_of(
     for task, setting in itertools.product(tasks, settings):
         name, peft, history = setting.split("/")
         augmentation, repeat = seeded(name)
-        table = _scored(folder / task / setting / "scored.jsonl")
+        table = read_jsonl(folder / task / setting / "scored.jsonl")
         scored.append(Setting(task_record(task), augmentation, peft, history, table, repeat))
     lines = {task: _references(folder / task / "references.jsonl") for task in tasks}
     mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
@@ -56,10 +55,8 @@ def _test_users(folder: Path) -> list:
     return [read_user(folder / "split" / "histories" / f"{key}.json") for key in keys]
 
 
-def _scored(path: Path) -> pl.DataFrame:
-    return pl.read_ndjson(path, infer_schema_length=None)
-
-
-def _references(path: Path) -> dict[str, pl.DataFrame]:
-    found = _scored(path).partition_by("reference", maintain_order=True, include_key=False, as_dict=True)
-    return {str(name): scored for (name,), scored in found.items()}
+def _references(path: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jsonl(path):
+        found.setdefault(row["reference"], []).append(row)
+    return found

@@ -53,7 +53,7 @@ def run(out: Path, scored: Path, submission: Path, users: Path, queries: Path) -
 
 def _count(out: Path, scored: Path, submission: Path, task: Any, users: Sequence[str], queries: Path) -> None:
     """`task` is the recipe's: name, kind and labels are all that is read, and oppu/tasks.py takes long to import."""
-    from oppu import scores  # numpy: only when something must be counted
+    from oppu import scores
 
     predictions = {user: read_predictions(out.parent / "users" / user) for user in users}
     result = scores.score(task, read_jsonl(queries), predictions)

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from oppu.metrics import COLUMN, measure, values, vectors
+from oppu.metrics import COLUMN, measure, totals, values
 from oppu.records import InputError
 
 if TYPE_CHECKING:
@@ -21,9 +19,6 @@ Queries = Sequence[Mapping[str, Any]]
 
 Predictions = Mapping[str, Sequence[Mapping[str, Any]]]
 """User key -> the records of that user's predictions.jsonl: id, prediction, and cut_history / cut_query where known."""
-
-KEYS = ("user", "id", "gold", "prediction")
-"""The fields of a scored row that are no statistics."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,13 @@ def score_texts(task: Task, queries: Queries, texts: Mapping[tuple[str, str], st
 def summary(task: Task, scored: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
     """LaMP's metrics of scored rows, with counts: users, queries, and predictions that were no label or rating."""
     names = {column: name for name, column in COLUMN.items()}
-    columns = {name: np.array([row[name] for row in scored]) for name in scored[0] if name not in KEYS}
-    pooled = values(task, vectors(task, columns).sum(0))
+    pooled = values(task, totals(task, scored))
     counts = {"n_users": len({row["user"] for row in scored}), "n_queries": len(scored)}
     if task.kind == "classification":
         counts["unknown_labels"] = sum(row["predicted_label"] < 0 for row in scored)
     if task.kind == "rating":
         counts["unreadable_ratings"] = sum(not row["readable"] for row in scored)
-    return {names[column]: float(value) for column, value in pooled.items()} | counts
+    return {names[column]: value for column, value in pooled.items()} | counts
 
 
 def submission(task: Task, predictions: Predictions) -> dict[str, Any]:

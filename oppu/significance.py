@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oppu.files import digest
-from oppu.metrics import Floats, values
+from oppu.metrics import values
 from oppu.tasks import Task
 
+Floats = NDArray[np.float64]
 ALPHA = 0.05
 TESTS = {"bootstrap": "paired bootstrap over users", "permutation": "paired permutation over users"}
 """config.significance -> the test's name in tables."""

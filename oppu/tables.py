@@ -209,7 +209,7 @@ def _versus(board: Board, users: str, test: str) -> list[dict[str, Any]]:
 
 
 def _sizes(board: Board) -> dict[str, int]:
-    return {"n_users": len(board.users), "n_queries": len(board.queries)}
+    return {"n_users": len(board.users), "n_queries": int(next(iter(board.settings.values())).sums[:, 0].sum())}
 
 
 def _estimate(found: Estimate) -> dict[str, float]:

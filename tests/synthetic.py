@@ -1,7 +1,6 @@
 """Made-up scored settings and references, shared by the tests of what is built on them."""
 
 import numpy as np
-import polars as pl
 
 from oppu.boards import Bootstrap, Setting
 from oppu.scores import score_texts
@@ -24,7 +23,7 @@ def answers(of, users, right, seed):
 
 def setting(of, augmentation, peft, right, seed=0, history="full", users=20, repeat=0):
     queries, given = answers(of, users, right, seed)
-    return Setting(of, augmentation, peft, history, pl.DataFrame(score_texts(of, queries, given).scored), repeat)
+    return Setting(of, augmentation, peft, history, score_texts(of, queries, given).scored, repeat)
 
 
 def both(of, augmentation="k0"):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 
-from oppu.metrics import measure, rating_of, user_values, values, vectors
+from oppu.metrics import measure, rating_of, totals, user_values, values
 from oppu.tasks import task
 
 NEWS, RATING, TITLES = task("LaMP_2N"), task("LaMP_3"), task("LaMP_5")
@@ -13,8 +13,7 @@ LABELS = NEWS.labels or []
 
 
 def sums(of, pairs):
-    rows = [measure(of, gold, prediction) for gold, prediction in pairs]
-    return vectors(of, {name: [row[name] for row in rows] for name in rows[0]}).sum(0)
+    return totals(of, [measure(of, gold, prediction) for gold, prediction in pairs])
 
 
 answers = st.one_of(st.sampled_from(LABELS), st.sampled_from(["", "Politics", "politics, crime", "nonsense"]))
@@ -50,7 +49,7 @@ def test_user_f1_is_over_the_labels_that_occur_for_the_user():
     own = np.stack([sums(NEWS, [("crime", "crime")]), sums(NEWS, [("crime", "women"), ("crime", "no label")])])
     assert user_values(NEWS, own)["f1"].tolist() == [1.0, 0.0]
     pairs = [("crime", "crime"), ("crime", "women"), ("sports", "sports")]
-    found = user_values(NEWS, sums(NEWS, pairs)[None])["f1"]
+    found = user_values(NEWS, np.array([sums(NEWS, pairs)]))["f1"]
     assert found == pytest.approx(f1_score(*zip(*pairs, strict=True), average="macro"))
 
 

@@ -1,8 +1,7 @@
-import polars as pl
 import pytest
 
 from oppu.boards import user_sums
-from oppu.files import jsonl
+from oppu.files import jsonl, read_jsonl
 from oppu.records import InputError, Query, User
 from oppu.scores import score, score_texts, submission
 from oppu.split import queries_of
@@ -118,7 +117,7 @@ def test_generation_survives_a_round_trip_through_json_lines(tmp_path):
     answers = {("u-a", "1"): "women", ("u-a", "2"): "crime and women", ("u-b", "3"): ""}
     scored = score_texts(TITLES, QUERIES, answers).scored
     (tmp_path / "scored.jsonl").write_bytes(jsonl(scored))
-    again = user_sums(TITLES, pl.read_ndjson(tmp_path / "scored.jsonl"))
+    again = user_sums(TITLES, read_jsonl(tmp_path / "scored.jsonl"))
     assert again.users == ["u-a", "u-b"]
     assert again.sums.tolist() == [[2, 1.5, 1.5], [1, 0, 0]]
 
