@@ -171,6 +171,16 @@ def test_a_change_rebuilds_what_depends_on_it(project: Project, change: str) -> 
         assert "Nothing to be done" in score(project, "-n")
 
 
+def test_a_history_that_was_changed_by_hand_is_written_again(project: Project) -> None:
+    path = project.folder / f"results/LaMP_2N/split/histories/{project.users()[0]}.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"a", b"b"))
+    score(project)
+    assert path.read_bytes() == whole
+    assert counts(project) == NOTHING
+    assert "Nothing to be done" in score(project, "-n")
+
+
 def test_a_job_for_each_user_is_a_profile_that_makes_the_same_cells(project: Project) -> None:
     profile = ("--profile", "workflow/profiles/one-user")
     before = project.cells()
