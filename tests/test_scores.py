@@ -1,11 +1,13 @@
 import pytest
 
 from oppu.boards import user_sums
+from oppu.cells import read_predictions
 from oppu.files import jsonl, read_jsonl
 from oppu.records import InputError, Query, User
 from oppu.scores import score, score_texts, submission
 from oppu.split import queries_of
 from oppu.tasks import task
+from tests.test_lamp import HOSTILE
 
 NEWS, RATING, TITLES = task("LaMP_2N"), task("LaMP_3"), task("LaMP_5")
 
@@ -132,3 +134,9 @@ def test_submission_is_lamps_format_in_a_fixed_order():
     expected = [{"id": "1", "output": "women"}, {"id": "2", "output": "sports"}, {"id": "3", "output": "no label"}]
     for predictions in (GOOD, dict(reversed(GOOD.items()))):
         assert submission(NEWS, predictions) == {"task": "LaMP_2N", "golds": expected}
+
+
+def test_a_prediction_may_hold_any_text(tmp_path):
+    rows = [{"id": "1", "prediction": HOSTILE}, {"id": "2", "prediction": "\u2029\x1e\x85\r"}]
+    (tmp_path / "predictions.jsonl").write_bytes(jsonl(rows))
+    assert read_predictions(tmp_path) == rows
