@@ -283,7 +283,7 @@ def sources(w):
     A thousand inputs would cost Snakemake seconds whenever it looks what is to be done.
     """
     found = members(w)
-    return found if len(found) == 1 else [SPLIT.format(task=w.task) + "/users.json"]
+    return found if len(found) == 1 else [f"{SPLIT}/users.json".format(task=w.task)]
 
 
 def paper_table(name):
