@@ -295,5 +295,9 @@ def test_what_finds_nothing_stale_imports_nothing_heavy(project: Project, tmp_pa
         done = run(name)
         assert done.returncode == 0, done.stderr
         assert output.read_bytes() == kept
+    scores = (project.folder / setting / "scores.json").read_bytes()
     shutil.rmtree(project.folder / setting / ".scores")
-    assert "was imported" in run("score-setting").stderr, "the trap works"
+    assert "4 users scored" in run("score-setting").stderr, "nor does counting"
+    assert (project.folder / setting / "scores.json").read_bytes() == scores
+    a_missing_adapter(project)
+    assert "was imported" in run("cells").stderr, "the trap works"
