@@ -207,8 +207,12 @@ def status(
     By keys and by whether the files are there; their bytes are not read (`oppu verify` does). Changed raw data count
     once `split` has read them.
     """
+    import gc as garbage
+
     from oppu import status as states
     from oppu.config_files import read_config
+
+    garbage.disable()  # thousands of records, all of them kept: looking for garbage among them takes time
 
     found = states.status(read_config(_configs(config, more)))
     typer.echo(json.dumps(states.as_json(found), indent=1) if as_json else states.text_of(found))
