@@ -78,7 +78,8 @@ def _block(
         text += _beside(kind, full, versus.filter(users="all", peft="lora", against=kind))
     if len(lines):
         named = ", ".join(f"{r['reference']} {number(r['value'])}" for r in lines.iter_rows(named=True))
-        text += textwrap.wrap(f"without a model: {named}", WIDTH, initial_indent="  ", subsequent_indent="    ")
+        wrapped = textwrap.TextWrapper(WIDTH, "  ", "    ", break_on_hyphens=False)
+        text += wrapped.wrap(f"without a model: {named}")
     if metric == columns(task)[0]:
         text += _versus(metric, lines, versus.filter(peft="lora"))
     return text
