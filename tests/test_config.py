@@ -77,12 +77,6 @@ def test_personal_settings_come_from_table_4_where_nothing_else_is_said() -> Non
     assert shipped.lora("LaMP_3").lr == 1e-5
 
 
-def test_a_number_that_yaml_takes_for_text_is_a_number() -> None:
-    values = yaml.safe_load("personal: {lr: 1e-3}")
-    assert values["personal"]["lr"] == "1e-3"
-    assert config.load(values).lora("LaMP_3").lr == 1e-3
-
-
 def test_other_kinds_have_settings_of_their_own_over_the_personal_ones() -> None:
     values = {
         "personal": {"rank": 16, "epochs": 5, "max_items": 7, "warmup": 0.2},

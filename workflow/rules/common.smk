@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
 
 from oppu import config as settings
 from oppu import devices, keys, recipe, tasks
@@ -23,6 +24,8 @@ try:
     CONFIG = settings.load(config)
 except InputError as error:
     raise WorkflowError(str(error)) from None
+# Stricter about types: `seed: true` is no number. The package's own messages, which name the key, come first.
+validate(config, workflow.source_path("../schemas/config.schema.json"), set_default=False)
 
 
 RESULTS = CONFIG.results
