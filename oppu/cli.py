@@ -213,7 +213,6 @@ def status(
     from oppu.config_files import read_config
 
     garbage.disable()  # thousands of records, all of them kept: looking for garbage among them takes time
-
     found = states.status(read_config(_configs(config, more)))
     typer.echo(json.dumps(states.as_json(found), indent=1) if as_json else states.text_of(found))
 

@@ -132,7 +132,7 @@ def score_setting(
     out: Annotated[Path, typer.Argument(help="scores.json; its folder holds the setting's users/")],
     users: Annotated[Path, typer.Option(help="users.json")],
     queries: Annotated[Path, typer.Option(help="queries.jsonl: users' queries and golds")],
-    scored: Annotated[Path, typer.Option(help="table of every query with its prediction")],
+    scored: Annotated[Path, typer.Option(help="scored.jsonl: every query with its prediction and what it counts")],
     submission: Annotated[Path, typer.Option(help="predictions in LaMP's own submission format")],
 ) -> None:
     """Score a setting as LaMP does; refuses missing and damaged cells."""

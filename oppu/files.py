@@ -90,8 +90,9 @@ def write_if_changed(path: Path, data: bytes) -> bool:
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Records as JSON lines."""
-    return b"".join((json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n").encode() for row in rows)
+    """Records as JSON lines; ValueError where a number is none that JSON has (nan, inf)."""
+    lines = (json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    return b"".join(line.encode() for line in lines)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
