@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from oppu.cli_rules import Mended, TaskName, rules
+from oppu.cli_rules import RULES, Rule
 from oppu.command import log_to_stderr, plain_errors
 from oppu.records import InputError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 
 log = logging.getLogger("oppu")
 
+TaskName = Annotated[str, typer.Option("--task", help="name of the task, e.g. LaMP_2N")]
 ConfigFiles = Annotated[
     list[Path] | None, typer.Option("--config", "--configfile", help="config file; default: config/config.yaml")
 ]
@@ -78,7 +79,7 @@ def lamp(
         str | None, typer.Option(envvar="OPPU_LAMP_SITE", help="where the files are; default: LaMP's own site")
     ] = None,
     stamp: Annotated[Path | None, typer.Option(help="written last, and only if every file is there")] = None,
-    mended: Mended = "-",
+    mended: Annotated[str, typer.Option(help="kept in the stamp for Snakemake; changes nothing")] = "-",
 ) -> None:
     """Download LaMP's time-based files, or check those that are there; goes on where it was cut."""
     from oppu import download
@@ -308,7 +309,22 @@ def schema(
     typer.echo(describe() if readme else json.dumps(config.schema(), indent=1, ensure_ascii=False) + "\n", nl=False)
 
 
-app.add_typer(rules)
+def _add(rule: Rule) -> None:
+    """List a command that the workflow calls; it reads its arguments itself, `--help` too."""
+
+    @app.command(
+        rule.name,
+        help=rule.help,
+        rich_help_panel="What the workflow calls",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    )
+    def _(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+        rule.run(arguments or [])
+
+
+for _rule in RULES.values():
+    _add(_rule)
 
 
 def main() -> None:

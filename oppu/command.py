@@ -1,62 +1,20 @@
-"""The command `oppu`: what the workflow calls for every cohort and setting starts lean, all else goes to oppu/cli.py.
+"""The command `oppu`: what the workflow calls is read at once (oppu/cli_rules.py), all else goes to oppu/cli.py.
 
-A check that nothing is stale takes a tenth of a second; typer, pydantic and the tables would triple that.
+A check that nothing is stale takes a tenth of a second; typer and pydantic would triple that.
 """
 
 from __future__ import annotations
 
-import argparse
+import atexit
 import errno
+import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn
 
 from oppu.records import InputError
-
-
-class Lean(argparse.ArgumentParser):
-    """The same arguments as in oppu/cli_rules.py; what it cannot read (--help too) is left to that one."""
-
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse quietly."""
-        raise ValueError(message)
-
-
-def cells() -> tuple[Lean, Callable[..., None]]:
-    """Arguments and function of `oppu cells`."""
-    from oppu.job import run
-
-    lean = Lean()
-    lean.add_argument("stamp", type=Path)
-    lean.add_argument("histories", type=Path, nargs="+")
-    for name in ("--recipe", "--base", "--base-users"):
-        lean.add_argument(name, type=Path, required=True)
-    for name in ("--profiles", "--users"):
-        lean.add_argument(name, type=Path)
-    lean.add_argument("--mended", default="-")
-    lean.add_argument("--processes", type=int, default=1, choices=range(1, 1025))
-    return lean, run
-
-
-def score_setting() -> tuple[Lean, Callable[..., None]]:
-    """Arguments and function of `oppu score-setting`."""
-    from oppu.score_job import run
-
-    lean = Lean()
-    lean.add_argument("out", type=Path)
-    for name in ("--users", "--queries", "--scored", "--submission"):
-        lean.add_argument(name, type=Path, required=True)
-    return lean, run
-
-
-LEAN: dict[str, Callable[[], tuple[Lean, Callable[..., None]]]] = {"cells": cells, "score-setting": score_setting}
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
@@ -88,30 +46,24 @@ def _told(error: Exception) -> str | None:
     return str(error) if isinstance(error, InputError) or type(error) is RuntimeError else None
 
 
-def read(arguments: list[str]) -> tuple[Callable[..., None], dict[str, Any]] | None:
-    """The function and its values that a lean command line names; None where it is for oppu/cli.py."""
-    if arguments[:1] == ["--gpus"] and arguments[1:2] and arguments[1].isdigit():
-        os.environ["OPPU_GPUS"], arguments = arguments[1], arguments[2:]
-    if not arguments or arguments[0] not in LEAN:
-        return None
-    lean, function = LEAN[arguments[0]]()
-    try:
-        return function, vars(lean.parse_args(arguments[1:]))
-    except ValueError:
-        return None
-
-
 def main() -> None:
     """Run a command."""
-    found = read(sys.argv[1:])
-    if found is None:
+    # Little of what an import makes is garbage. It is looked for less often (an eighth of a second of the tables'), and
+    # not once more at the end (a tenth of a job's time).
+    gc.set_threshold(100_000, 20, 100)
+    atexit.register(gc.freeze)
+    from oppu.cli_rules import RULES
+
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--gpus"] and arguments[1:2] and arguments[1].isdigit():
+        os.environ["OPPU_GPUS"], arguments = arguments[1], arguments[2:]
+    if not arguments or arguments[0] not in RULES:
         from oppu.cli import main as full
 
         return full()
-    function, values = found
     log_to_stderr()
     with plain_errors():
-        function(**values)
+        RULES[arguments[0]].run(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import re
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -97,6 +96,8 @@ def _identities(names: list[str]) -> list[str]:
 
 def _installed() -> list[str]:
     """UUIDs of all GPUs as nvidia-smi lists them; of a GPU that is partitioned, those of its parts."""
+    import subprocess
+
     text = ""
     with suppress(OSError, subprocess.CalledProcessError):
         text = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout

@@ -6,7 +6,6 @@ what they hold is counted here (`extractive`), written by a model (oppu/llm_prof
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections import Counter
@@ -167,6 +166,8 @@ def _commonest_score(task: Task, history: Sequence[Item], wanted: Callable[[floa
 
 
 def _texts(task: Task, history: Sequence[Item]) -> list[str]:
+    import html
+
     texts = [" ".join(item.fields[name] for name in task.profile.words).strip() for item in history]
     return [html.unescape(text).replace("’", "'") for text in texts if text]
 

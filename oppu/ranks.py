@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,11 +18,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oppu import devices
 from oppu.files import digest
 from oppu.records import InputError
+
+if TYPE_CHECKING:  # imported where they are used: a check starts no process
+    import socket
+    import subprocess
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,8 @@ class Lead:
         return failed
 
     def _spawn(self, ranks: list[int]) -> None:
+        import subprocess
+
         if not ranks:
             return
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // (len(ranks) + 1)
@@ -167,6 +171,8 @@ def leading(stamp: Path, processes: int) -> Iterator[Lead]:
     if world == 1 and not spawns:
         yield Lead(None, Path(), "", 1, False)
         return
+    import socket
+
     name = f"process {os.getpid()}" if spawns else _name()
     path = _socket(stamp, name)
     path.unlink(missing_ok=True)
@@ -227,6 +233,8 @@ def _socket(stamp: Path, name: str) -> Path:
 
 @contextmanager
 def _connected(path: Path) -> Iterator[socket.socket]:
+    import socket
+
     deadline = time.monotonic() + STARTING
     while True:
         with socket.socket(socket.AF_UNIX) as connection:
