@@ -9,6 +9,8 @@ the run that first gave these very bytes.
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from oppu.keys import VERSIONS
 
 if TYPE_CHECKING:  # polars: the workflow imports this module at every start
     from oppu.boards import Bootstrap
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     *("oppu", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "snakemake", "numpy"),
@@ -38,12 +42,17 @@ def note_run(results: str | Path, project: str | Path, command: Sequence[str], c
 
 
 def commit(project: str | Path) -> str | None:
-    """The git commit of a folder, with `-dirty` behind it where files differ from it; None outside of git."""
+    """The git commit of a folder, with `-dirty` behind it where files differ from it; None outside of git.
+
+    Where git refuses to tell (the folder is somebody else's, say), a warning says why, and it is None too.
+    """
     command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=os.environ | {"LC_ALL": "C"}, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
+    if done.returncode and "not a git repository" not in done.stderr:
+        log.warning("the results will not say which commit made them: %s", done.stderr.strip())
     return done.stdout.strip() or None
 
 

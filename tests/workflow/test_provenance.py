@@ -7,6 +7,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from benchmarks.no_models import install
 from oppu.provenance import commit
 from tests.workflow.project import ROOT, Project
@@ -73,8 +75,10 @@ def test_tables_say_what_they_were_made_from_and_who_ran_them_makes_nothing_stal
     assert record(project)["made_from"] == second["made_from"], "a plain run brings a lost file back"
 
 
-def test_a_commit_says_when_files_differ_from_it(tmp_path: Path) -> None:
-    assert commit(tmp_path) is None
+def test_a_commit_says_when_files_differ_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert commit(tmp_path) is None and not caplog.messages
     git(tmp_path, "init", "-q")
     (tmp_path / "a").write_text("one")
     git(tmp_path, "add", "a")
@@ -84,3 +88,8 @@ def test_a_commit_says_when_files_differ_from_it(tmp_path: Path) -> None:
     assert clean is not None and len(clean) == 40
     (tmp_path / "a").write_text("two")
     assert commit(tmp_path) == f"{clean}-dirty"
+    assert not caplog.messages
+    # As in a container: the checkout is somebody else's.
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert commit(tmp_path) is None
+    assert "which commit made them: fatal: detected dubious ownership" in caplog.text
