@@ -47,7 +47,7 @@ def oppu(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_further_options_before_such_a_command_reach_it_too() -> None:
+def test_other_options_may_come_before_such_a_command() -> None:
     done = oppu("-v", "--gpus", "2", "score-setting", "out", "--users", "u", "--queries", "-q", "--", "more")
     assert done.returncode == 2 and "error: argument --queries: expected one argument" in done.stderr
 
