@@ -15,6 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from oppu.records import InputError
+
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -37,9 +39,13 @@ def take(number: int | None = None) -> None:
     """Wait for so many of the visible GPUs and hide the others, until this process and those it starts have ended.
 
     Call it before CUDA starts. Without a number that of `oppu --gpus` goes; 0 leaves everything as it is, and so does a
-    machine without GPUs. Where there are fewer, all are taken.
+    machine without GPUs. Where there are fewer, all are taken. InputError for an OPPU_GPUS that is no number.
     """
-    number = int(os.environ.get("OPPU_GPUS", "0")) if number is None else number
+    if number is None:
+        given = os.environ.get("OPPU_GPUS") or "0"
+        if not given.isdecimal():
+            raise InputError([f"OPPU_GPUS is {given!r}, which is no number of GPUs; 0 leaves all to be seen"])
+        number = int(given)
     there = visible() if number else []
     if not there or _held:
         return

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from oppu import devices
+from oppu.records import InputError
 from tests.workflow.project import TEST_USERS, Project
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,3 +155,10 @@ def test_a_workflow_runs_as_many_jobs_at_once_as_there_are_gpus(tmp_path: Path, 
     project.forget_logs()
     project.run("--set-resources", "cells:gpu=2", "cells:processes=2", "--", f"{setting}/cohorts/000.json")
     assert f"GPUs of this job: {','.join(gpus)}" in project.logs() and "rank 1 of 2: 2 users" in project.logs()
+
+
+@pytest.mark.parametrize("given", ["-1", "two"])
+def test_a_number_of_gpus_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("OPPU_GPUS", given)
+    with pytest.raises(InputError, match=f"OPPU_GPUS is '{given}'"):
+        devices.take()
