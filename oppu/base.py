@@ -64,7 +64,7 @@ def run(out: Path, recipe: Path, base_users: Path, mended: str = "-", profiles: 
     values = read_json(recipe)
     folder = out.parent
     with lock(folder / ".lock", f"base {folder}"):
-        sweep(folder)
+        sweep(folder / "*")
         model = models_of(values)
         texts = base_profiles_of(values, profiles)
         key = base_key(values, model, file_digest(base_users), texts)

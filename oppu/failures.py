@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from oppu.files import read_json, write_json
+from oppu.files import read_json, sweep, write_json
 from oppu.records import InputError
 
 FOLDER = "failed"
@@ -28,6 +28,7 @@ class UsersFailed(InputError):
 def recorded(setting: Path, users: Sequence[str]) -> Iterator[None]:
     """Record which of these users the block fails for: those of UsersFailed, all for any other error."""
     failed: dict[str, str] = {}
+    sweep(*(setting / FOLDER / f"{user}.json" for user in users))
     try:
         yield
     except UsersFailed as error:

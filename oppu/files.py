@@ -113,9 +113,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling that takes the place of `path` when the block ends well, and vanishes otherwise.
 
     Files in it become private (0600) and are synced before the rename. An old folder is moved away first: a crash
-    between the two renames leaves no folder, never a half one.
+    between the two renames leaves no folder, never a half one. What a killed writer left is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
@@ -137,15 +138,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 """What `write_bytes` and `new_folder` call what is not whole yet."""
 
 
-def sweep(folder: Path, name: str = "*") -> None:
-    """Delete what killed writers of any file of a folder, or of one, left half-written; for its only writer."""
-    for path in folder.glob(f".{name}.*"):
-        if TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def sweep(*paths: Path) -> None:
+    """Delete what killed writers of these files and folders left half-written; for their only writer.
+
+    `folder / "*"` stands for all in a folder: only where nobody else may be writing another of its files.
+    """
+    asked = set(paths)
+    for folder in {path.parent for path in paths}:
+        for path in folder.glob(".*"):
+            if (found := TEMPORARY.fullmatch(path.name)) and {folder / found[1], folder / "*"} & asked:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oppu.files import write_if_changed
+from oppu.files import sweep, write_if_changed
 from oppu.metrics import measure
 from oppu.records import InputError, Item, Query
 from oppu.retrieval import Index, query_text
@@ -214,6 +214,7 @@ def raw(task: Task, users: Sequence[Person]) -> tuple[list[dict[str, Any]], dict
 def write(folder: Path, task: str, sizes: Sizes = Sizes(), seed: int = 0) -> None:  # noqa: B008
     """Write {folder}/{task}/{train,dev}_{questions,outputs}.json; the same arguments give the same bytes."""
     record = task_named(task)
+    sweep(folder / task / "*")
     for source, users in zip(("train", "dev"), people(task, sizes, seed), strict=True):
         for kind, data in zip(("questions", "outputs"), raw(record, users), strict=True):
             write_if_changed(folder / task / f"{source}_{kind}.json", json.dumps(data, indent=1).encode() + b"\n")

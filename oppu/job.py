@@ -114,7 +114,7 @@ class Job:
             todo[key].note("adapter")
 
         for cell in stale:
-            sweep(cell.folder)
+            sweep(cell.folder / "*")
         if todo:
             keys = {cell.user.key: cell.keys["adapter"] for cell in (todo | along).values()}
             checkpoint = Checkpoint(self.checkpoint, [keys.get(name) for name in cohort.adapters], rank, world)
@@ -212,7 +212,7 @@ def _finish(
         lines = [f"{setting}: user {user}: {why}" for user, why in sorted(failed.items())]
         raise UsersFailed([*lines, f"{len(failed)} of {len(names)} users failed; the others are kept"], failed)
     shutil.rmtree(checkpoint_of(stamp), ignore_errors=True)
-    sweep(stamp.parent, stamp.name)
+    sweep(stamp)
     files: dict[str, str | None] = {
         f"../users/{c.user.key}/{name}": None
         for c in cells

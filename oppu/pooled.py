@@ -39,7 +39,7 @@ def run(
             devices.take()
             from oppu.cohort import Cohort  # torch: seconds, so only when something is stale
 
-            sweep(setting)
+            sweep(setting / "*")
             cohort = Cohort(values, manifest, base.parent, None, people)
             checkpoint = Checkpoint(checkpoint_of(out), [key])
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from oppu import devices
 from oppu.base import model_files
-from oppu.files import file_digest, held, lock, read_base, read_json, read_user, write_if_changed, write_json
+from oppu.files import file_digest, held, lock, read_base, read_json, read_user, sweep, write_if_changed, write_json
 from oppu.keys import profile_key
 from oppu.profiles import extractive, read_lines, sealed, whole
 from oppu.records import InputError, User
@@ -34,6 +34,7 @@ def run(stamp: Path, recipe: Path, histories: Sequence[Path], own: Path, mended:
     model, names = _model(values), [path.stem for path in histories]
     failed: dict[str, str] = {}
     with held(folder, names):
+        sweep(stamp, *(_path(folder, name) for name in names))
         stale = []
         for path in histories:
             with noted(failed, path.stem):
@@ -59,6 +60,7 @@ def run_base(out: Path, recipe: Path, base_users: Path, mended: str = "-") -> No
     model = _model(values)
     failed: dict[str, str] = {}
     with lock(out.parent / ".base.lock", f"{path}"):
+        sweep(out, path)
         users = {user.key: user for user in read_base(base_users)}
         keys = {key: profile_key(values, model, user, None) for key, user in users.items()}
         old = [record for record in read_lines(path) if whole(record)]

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oppu.files import digest, file_digest, read_json, read_users, write_json
+from oppu.files import digest, file_digest, read_json, read_users, sweep, write_json
 from oppu.keys import VERSIONS
 
 if TYPE_CHECKING:  # polars: the workflow imports this module at every start
@@ -38,6 +38,7 @@ def note_run(results: str | Path, project: str | Path, command: Sequence[str], c
     """Write run.json: the command, the commit of `project` and the whole configuration, of a run that begins."""
     name = Path(command[0]).name
     shown = ["snakemake" if name in ("__main__.py", "snakemake") else name, *command[1:]]
+    sweep(Path(results) / RUN)
     write_json(Path(results) / RUN, {"command": shown, "commit": commit(project), "config": config})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from oppu.files import jsonl, read_base, read_jsonl, read_user, write_bytes
+from oppu.files import jsonl, read_base, read_jsonl, read_user, sweep, write_bytes
 from oppu.profiles import commonest
 from oppu.records import Item, Query, User
 from oppu.retrieval import Index, query_text
@@ -36,6 +36,7 @@ def run(out: Path, task: str, base_users: Path, queries: Path, histories: Sequen
     record, asked = task_named(task), read_jsonl(queries)
     found = references(record, [read_user(path) for path in histories], read_base(base_users))
     scored = {name: score_texts(record, asked, texts).scored for name, texts in found.items()}
+    sweep(out)
     write_bytes(out, jsonl(row | {"reference": name} for name, rows in scored.items() for row in rows))
 
 

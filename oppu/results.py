@@ -24,8 +24,11 @@ def tables_of(
 
     `paper` is the paper's Table 1, to stand beside ours.
     """
-    for name in ("tables", "figures"):
-        sweep(folder / name)
+    record, text = folder / "tables/provenance.json", folder / "tables/results.txt"
+    paths = [folder / "tables" / f"{name}.csv" for name in ("scores", "references", "versus", "seeds")]
+    table1 = [folder / "tables" / f"table1.{end}" for end in ("csv", "md", "html")]
+    figure, plots = folder / "figures/table1.svg", {task: folder / task / "plot.csv" for task in tasks}
+    sweep(*paths, *table1, text, record, figure, *plots.values())  # not all of tables/: table5 may be at work there
     scored = []
     for task, setting in itertools.product(tasks, settings):
         name, peft, history = setting.split("/")
@@ -35,19 +38,16 @@ def tables_of(
     lines = {task: _references(folder / task / "references.jsonl") for task in tasks}
     mixed = {task: tables.mixed_users(task_record(task), _test_users(folder / task)) for task in tasks}
     theirs = tables.read_csv(paper) if paper else None
-    made, record = provenance.made_from(folder, tasks, settings, how), folder / "tables/provenance.json"
+    made = provenance.made_from(folder, tasks, settings, how)
     line = provenance.line_of(made, record)
     tables.write_tables(folder / "tables", scored, lines, mixed, how, theirs, line)
-    paths = [folder / "tables" / f"{name}.csv" for name in ("scores", "references", "versus", "seeds")]
-    text = terminal_table(*paths) + "\n" + textwrap.fill(line, WIDTH) + "\n"
-    write_bytes(folder / "tables" / "results.txt", text.encode(), mode=0o644)
+    shown = terminal_table(*paths) + "\n" + textwrap.fill(line, WIDTH) + "\n"
+    write_bytes(text, shown.encode(), mode=0o644)
     scores = tables.read_csv(paths[0])
-    for task in tasks:  # for `dvc plots`: what another task changes (p_holm) is not in it
-        tables.write_csv(folder / task / "plot.csv", scores.filter(task=task)[:, : scores.columns.index("ci_high") + 1])
-    figure = table1_figure(scores, tables.read_csv(paths[1]))
-    write_figure(folder / "figures" / "table1.svg", figure)
-    table1 = [folder / "tables" / f"table1.{end}" for end in ("csv", "md", "html")]
-    provenance.write(record, made, [*paths, folder / "tables/results.txt", *table1], folder)
+    for task, plot in plots.items():  # for `dvc plots`: what another task changes (p_holm) is not in it
+        tables.write_csv(plot, scores.filter(task=task)[:, : scores.columns.index("ci_high") + 1])
+    write_figure(figure, table1_figure(scores, tables.read_csv(paths[1])))
+    provenance.write(record, made, [*paths, text, *table1], folder)
 
 
 def _test_users(folder: Path) -> list:

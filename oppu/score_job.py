@@ -35,7 +35,7 @@ def run(out: Path, scored: Path, submission: Path, users: Path, queries: Path) -
     key = scores_key(recipe, file_digest(queries), predictions)
     outputs = {path.name: path for path in (scored, submission, out)}
     kept = _kept(setting / ".scores", key, set(outputs))
-    sweep(setting)
+    sweep(setting / "*")
     if kept is None:
         _count(out, scored, submission, SimpleNamespace(**recipe["task"]), everyone, queries)
         kept = {name: path.read_bytes() for name, path in outputs.items()}

@@ -196,8 +196,7 @@ def write(result: SplitResult, task: Task, out: Path, mended: str = "-") -> None
     base, queries = jsonl(user.as_json(golds=True) for user in result.base), jsonl(rows)
     summary = {"task": task.name, "users": sorted(keys), "base_users": len(result.base), "queries": len(rows)}
     folder = out.parent / "histories"
-    for written in (out.parent, folder):
-        sweep(written)
+    sweep(out.parent / "*", folder / "*")
     for name, data in histories.items():
         write_if_changed(folder / name, data)
     for stale in folder.glob("u-*.json"):

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from oppu import provenance
-from oppu.files import read_json, read_jsonl, read_user, write_bytes, write_json
+from oppu.files import read_json, read_jsonl, read_user, sweep, write_bytes, write_json
 from oppu.records import InputError
 
 if TYPE_CHECKING:  # a task's row needs no tables
@@ -82,6 +82,7 @@ def run(
     personal = [(query["input"], query["gold"]) for query in read_jsonl(queries)]
     items = [len(read_user(path).history) for path in histories]
     row = statistics(list(_base_queries(base_users)), personal, items, model_lengths(model, revision))
+    sweep(out)
     write_json(out, {"task": task, "personal_users": len(items)} | row, mode=0o644)
 
 
@@ -132,9 +133,10 @@ def write_table5(out: Path, files: Sequence[Path], paper: pl.DataFrame | None = 
 def run_table5(out: Path, files: Sequence[Path], paper: pl.DataFrame | None = None) -> None:
     """`write_table5` from each results/{task}/statistics.json, and what it was made from (oppu/provenance.py)."""
     made = {"data": {path.parent.name: provenance.data_of(path.parent / "split") for path in files}}
-    record = out.with_suffix(".provenance.json")
+    record, text = out.with_suffix(".provenance.json"), out.with_suffix(".md")
+    sweep(out, text, record)
     write_table5(out, files, paper, provenance.line_of(made, record))
-    provenance.write(record, made, [out, out.with_suffix(".md")], files[0].parent.parent)
+    provenance.write(record, made, [out, text], files[0].parent.parent)
 
 
 def _base_queries(path: Path) -> Iterable[tuple[str, str | None]]:

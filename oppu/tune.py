@@ -13,7 +13,7 @@ import polars as pl
 
 from oppu import devices
 from oppu.cells import pool_of
-from oppu.files import read_json, read_jsonl, read_user, write_bytes
+from oppu.files import read_json, read_jsonl, read_user, sweep, write_bytes
 from oppu.metrics import METRICS
 from oppu.profiles import profile_of
 from oppu.scores import score
@@ -62,4 +62,5 @@ def run(
             | {"metric": name, "value": metrics[name], "rank": point["training"].get("rank"), "peft": values["peft"]}
             for name in METRICS[task.kind]
         ]
+    sweep(out)
     write_bytes(out, pl.DataFrame(rows).write_csv().encode(), mode=0o644)
