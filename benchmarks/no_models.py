@@ -58,9 +58,11 @@ class Cohort:
             finished(key)
         return {}
 
-    def predict(self, keys: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    def predict(self, keys: Sequence[str], finished: Callable[[str, list[dict[str, Any]]], None]) -> dict[str, str]:
         made = {"prediction": self.answer, "prompt_tokens": 1, "cut_query": False, "cut_history": 0}
-        return {key: [{"id": query.id, **made} for query in self.users[key].queries] for key in keys}, {}
+        for key in keys:
+            finished(key, [{"id": query.id, **made} for query in self.users[key].queries])
+        return {}
 
 
 def train_base(folder: Path, *_: object) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from oppu.keys import base_digest
 from oppu.labels import likeliest
 from oppu.models import load_base, load_tokenizer
 from oppu.progress import Stage
+from oppu.prompts import Prompt
 from oppu.recipe import training_of
 from oppu.records import Item, Query, User
 from oppu.retrieval import Search
@@ -70,6 +71,30 @@ def log_memory() -> None:
         log.info("peak device memory %.2f GiB", torch.cuda.max_memory_allocated() / 2**30)
 
 
+def _groups(queries: Mapping[str, int]) -> Iterator[list[str]]:
+    """Users, by how many queries each has, in groups that have QUERIES_AT_ONCE, or somewhat more by their last user."""
+    group: list[str] = []
+    number = 0
+    for key, own in queries.items():
+        group.append(key)
+        number += own
+        if number >= QUERIES_AT_ONCE:
+            yield group
+            group, number = [], 0
+    if group:
+        yield group
+
+
+def _row(query: Query, fitted: Prompt, tokens: Sequence[int], answer: str) -> dict[str, Any]:
+    """A row of predictions.jsonl."""
+    cut = {"cut_query": fitted.cut_query, "cut_history": fitted.cut_history}
+    return {"id": query.id, "prediction": answer, "prompt_tokens": len(tokens)} | cut
+
+
+Answers = list[dict[str, Any]]
+"""A user's rows of predictions.jsonl."""
+QUERIES_AT_ONCE = 2000
+"""So many queries are answered in one pass, to pack batches of like lengths; after each, its users are finished."""
 POOLED = "pooled"
 """The name of the one adapter that all users of a `pooled` setting share."""
 
@@ -184,13 +209,17 @@ class Cohort:
             adapter: str(one.error) for adapter, one in zip(self.adapters, trained, strict=True) if one.error
         }
 
-    def predict(self, keys: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-        """Answers to all queries of these users, in one pass; and why each failed user failed."""
+    def predict(self, keys: Sequence[str], finished: Callable[[str, Answers], None]) -> dict[str, str]:
+        """Answer all queries of these users; returns why each failed user failed.
+
+        `finished` is called with each other user's key and answers, after every QUERIES_AT_ONCE or so. Who is left
+        after that would be answered in the same passes, and to the same bytes, by a call that begins there.
+        """
         settings = Generation(**self.recipe["generation"] | self.recipe["runtime"]["generation"])
         labels = label_targets(self.context) if settings.labels == "score" else []
         answer_tokens = max([settings.max_new_tokens or self.context.task.output_tokens, *map(len, labels)])
         failed: dict[str, str] = {}
-        asked = []
+        asked = {}
         for key in keys:
             user, profile, counts = self.users[key]
             try:
@@ -198,16 +227,22 @@ class Cohort:
             except ValueError as error:
                 failed[key] = str(error)
                 continue
-            asked += [(key, query, fitted, tokens) for query, fitted, tokens in prompts]
-        with self._stage("answers", unit="queries") as stage:
-            whole = [(key, query, tokens) for key, query, _, tokens in asked]
-            answers = self._answers(settings, labels, whole, answer_tokens, stage)
-        out: dict[str, list[dict[str, Any]]] = {key: [] for key in keys if key not in failed}
-        for (key, query, fitted, tokens), answer in zip(asked, answers, strict=True):
-            row = {"id": query.id, "prediction": answer, "prompt_tokens": len(tokens), "cut_query": fitted.cut_query}
-            out[key].append(row | {"cut_history": fitted.cut_history})
+            asked[key] = prompts
+        total = sum(map(len, asked.values()))
+        with self._stage("answers", len(asked), "queries") as stage:
+            for group in _groups({key: len(prompts) for key, prompts in asked.items()}):
+                whole = [(key, query, tokens) for key in group for query, _, tokens in asked[key]]
+                before, _, read = stage.last
+
+                def told(done: int, _: int, tokens: int, before: int = before, read: int = read) -> None:
+                    stage(before + done, total, read + tokens)
+
+                answers = iter(self._answers(settings, labels, whole, answer_tokens, told))
+                for key in group:
+                    finished(key, [_row(*prompt, next(answers)) for prompt in asked[key]])
+                    stage.user_done()
         log_memory()
-        return out, failed
+        return failed
 
     def _answers(
         self,
@@ -215,14 +250,14 @@ class Cohort:
         labels: list[list[int]],
         asked: Sequence[tuple[str, Query, list[int]]],
         answer_tokens: int,
-        stage: Stage,
+        told: Callable[[int, int, int], object],
     ) -> list[str]:
         """The answers to tokenised queries of users: by scoring the labels if there are any, else generated."""
         prompts = [tokens for *_, tokens in asked]
         users = [self.row[key] for key, *_ in asked] if self.bank else None
         task = self.context.task
         if labels:
-            chosen = likeliest(Asked(self.model, prompts, self.bank, users, stage), labels, settings.tokens_per_batch)
+            chosen = likeliest(Asked(self.model, prompts, self.bank, users, told), labels, settings.tokens_per_batch)
             return [(task.labels or [])[n] for n in chosen]
         seeds = [seed_of(self.recipe["seed"], task.name, key, "sampling", query.id) for key, query, _ in asked]
         return generate(
@@ -234,5 +269,5 @@ class Cohort:
             bank=self.bank,
             users=users,
             seeds=seeds,
-            progress=stage,
+            progress=told,
         )

@@ -124,12 +124,13 @@ class Job:
             for key, cell in along.items():
                 cohort.load(key, cell.folder / "adapter")
         waiting = [cell for cell in stale if cell.user.key not in failed and not cell.fresh("predictions")]
-        predictions, more = cohort.predict([cell.user.key for cell in waiting])
-        failed |= more
-        for cell in (cell for cell in waiting if cell.user.key not in failed):
-            write_bytes(cell.folder / "predictions.jsonl", jsonl(predictions[cell.user.key]))
-            cell.note("predictions")
-        return failed
+        places = {cell.user.key: cell for cell in waiting}
+
+        def answered(key: str, answers: list[dict[str, Any]]) -> None:
+            write_bytes(places[key].folder / "predictions.jsonl", jsonl(answers))
+            places[key].note("predictions")
+
+        return failed | cohort.predict(list(places), answered)
 
 
 def run(

@@ -51,7 +51,8 @@ def run(
         point = values | {"training": values["training"] | {"lr": lr or 1.0, "epochs": count or 1}}
         cohort = Cohort(point, manifest, base.parent, pool, people)
         failed = cohort.train([user.key for user in users], lambda key: None) if count else {}
-        predictions, more = cohort.predict([user.key for user in users])
+        predictions: dict[str, list[dict[str, Any]]] = {}
+        more = cohort.predict([user.key for user in users], predictions.__setitem__)
         if failed | more:
             log.warning("lr %g, %d epochs: %d users failed, so this point is left out", lr, count, len(failed | more))
             continue

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from oppu.bank import LoraBank, save_adapter
-from oppu.cohort import Cohort
+from oppu.cohort import Answers, Cohort
 from oppu.config import Config, load
 from oppu.decoding import Asked
 from oppu.examples import Context, history_examples, label_targets
 from oppu.keys import predictions_key
 from oppu.labels import likeliest, scores, tree_of
 from oppu.models import load_model, load_tokenizer
+from oppu.progress import Stage
 from oppu.recipe import cell_recipe
 from oppu.records import InputError
 from oppu.setting import parse_augmentation
@@ -117,6 +119,47 @@ def test_the_choice_changes_the_keys_of_tasks_with_labels_only() -> None:
         config(labels="guess")
 
 
+@pytest.mark.parametrize("labels", ["generate", "score"])
+def test_users_are_answered_some_at_a_time_and_told_of_as_one(
+    labels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three queries at a time, of users with 2, 2, 0, 3, 0: the second, the fourth and the last end a pass."""
+    save_adapter(tmp_path / "adapter", LoraBank(load_model(MODEL), settings(), 1, 0), 0, "raw")
+    whole, keys = person("LaMP_2N"), [f"u-{n:012d}" for n in range(5)]
+    queries = [[replace(whole.queries[0], id=f"{n}-{i}") for i in range(own)] for n, own in enumerate((2, 2, 0, 3, 0))]
+    users = [replace(whole, key=key, queries=tuple(own)) for key, own in zip(keys, queries, strict=True)]
+    recipe = cell_recipe(config(labels=labels), "LaMP_2N", "k0", "none", "full")
+    cohort = Cohort(recipe, {}, tmp_path, None, [(user, None, Counter()) for user in users])
+    told: list[tuple[int, int, int]] = []
+    events: list[str] = []
+
+    class Told(Stage):
+        def __call__(self, done: int, total: int, tokens: int) -> None:
+            told.append((done, total, tokens))
+            super().__call__(done, total, tokens)
+            if not events or events[-1] != "pass":
+                events.append("pass")
+
+    monkeypatch.setattr("oppu.cohort.Stage", Told)
+    once: dict[str, Answers] = {}
+    assert not cohort.predict(keys, once.__setitem__)
+    tokens = sum(row["prompt_tokens"] for rows in once.values() for row in rows)
+    assert list(once) == keys and told[-1] == (7, 7, tokens)
+    told.clear()
+    events.clear()
+    monkeypatch.setattr("oppu.cohort.QUERIES_AT_ONCE", 3)
+    found: dict[str, Answers] = {}
+
+    def finished(key: str, rows: Answers) -> None:
+        events.append(key)
+        found[key] = rows
+
+    assert not cohort.predict(keys, finished)
+    assert found == once and [len(rows) for rows in found.values()] == [2, 2, 0, 3, 0]
+    assert events == ["pass", *keys[:2], "pass", *keys[2:]]
+    assert told == sorted(told) and {total for _, total, _ in told} == {7} and told[-1] == (7, 7, tokens)
+
+
 def test_a_cohort_that_scores_answers_with_labels_only(tmp_path: Path) -> None:
     """With adapters at random, which generate anything."""
     bank = LoraBank(load_model(MODEL), settings(), 1, 0)
@@ -128,8 +171,8 @@ def test_a_cohort_that_scores_answers_with_labels_only(tmp_path: Path) -> None:
         cohort = Cohort(recipe, {}, tmp_path, None, [(user, None, Counter())])
         assert cohort.bank is not None
         cohort.bank.weights.copy_(torch.randn(cohort.bank.weights.shape, generator=torch.Generator().manual_seed(0)))
-        predictions, failed = cohort.predict([user.key])
-        assert not failed
+        predictions: dict[str, Answers] = {}
+        assert not cohort.predict([user.key], predictions.__setitem__)
         answers[labels] = [row["prediction"] for row in predictions[user.key]]
     known = task("LaMP_2N").labels or []
     assert all(answer in known for answer in answers["score"])

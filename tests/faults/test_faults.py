@@ -7,6 +7,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,33 @@ def test_without_any_memory_a_cohort_fails_by_name_and_a_run_with_memory_goes_on
     shutil.copy(finished.folder / SETTING / "recipe.json", bare.folder / SETTING / "recipe.json")
     adapters, _ = compare(bare, finished, 1e-4)
     assert adapters == TEST_USERS, "the same bytes, from the checkpoint"
+
+
+KILLED = """
+import os, signal
+from oppu import cli, cohort
+plain, groups = cohort.Cohort._answers, []
+def answers(*arguments):
+    groups.append(1)
+    if len(groups) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*arguments)
+cohort.Cohort._answers, cohort.QUERIES_AT_ONCE = answers, 1
+cli.main()
+"""
+
+
+def test_a_kill_amid_predictions_loses_only_those_of_the_users_at_hand(bare: Project, finished: Project) -> None:
+    """Users are answered one after the other here, and the third is killed: two are kept."""
+    command = cells(bare)
+    assert run(bare, [command[0], "-c", KILLED, *command[3:]]).returncode == -signal.SIGKILL
+    before = whole(bare)
+    assert sorted(path.name for path in before).count("adapter_model.safetensors") == TEST_USERS
+    assert sorted(path.name for path in before).count("predictions.jsonl") == 2 < TEST_USERS
+    done = run(bare, command)
+    assert done.returncode == 0 and "4 users, 0 to train, 2 to predict" in done.stderr, done.stderr
+    assert before.items() <= whole(bare).items()
+    compare(bare, finished, 1e-4)
 
 
 def test_truncated_records_are_mended_by_a_plain_run_and_cells_by_the_command_that_verify_names(
