@@ -123,13 +123,18 @@ def test_the_choice_changes_the_keys_of_tasks_with_labels_only() -> None:
 def test_users_are_answered_some_at_a_time_and_told_of_as_one(
     labels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Three queries at a time, of users with 2, 2, 0, 3, 0: the second, the fourth and the last end a pass."""
+    """Three queries at a time, of users with 2, 2, 0, 3, 0: the second, the fourth and the last end a pass.
+
+    With adapters at random, so that users differ in their answers.
+    """
     save_adapter(tmp_path / "adapter", LoraBank(load_model(MODEL), settings(), 1, 0), 0, "raw")
     whole, keys = person("LaMP_2N"), [f"u-{n:012d}" for n in range(5)]
     queries = [[replace(whole.queries[0], id=f"{n}-{i}") for i in range(own)] for n, own in enumerate((2, 2, 0, 3, 0))]
     users = [replace(whole, key=key, queries=tuple(own)) for key, own in zip(keys, queries, strict=True)]
-    recipe = cell_recipe(config(labels=labels), "LaMP_2N", "k0", "none", "full")
+    recipe = cell_recipe(config(labels=labels), "LaMP_2N", "k0", "lora", "full")
     cohort = Cohort(recipe, {}, tmp_path, None, [(user, None, Counter()) for user in users])
+    assert cohort.bank is not None
+    cohort.bank.weights.copy_(torch.randn(cohort.bank.weights.shape, generator=torch.Generator().manual_seed(0)))
     told: list[tuple[int, int, int]] = []
     events: list[str] = []
 
@@ -145,6 +150,7 @@ def test_users_are_answered_some_at_a_time_and_told_of_as_one(
     assert not cohort.predict(keys, once.__setitem__)
     tokens = sum(row["prompt_tokens"] for rows in once.values() for row in rows)
     assert list(once) == keys and told[-1] == (7, 7, tokens)
+    assert len({rows[0]["prediction"] for rows in once.values() if rows}) == 3
     told.clear()
     events.clear()
     monkeypatch.setattr("oppu.cohort.QUERIES_AT_ONCE", 3)
